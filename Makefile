@@ -1,0 +1,31 @@
+PYTHON ?= python
+
+.PHONY: help install test lint types notebooks demo benchmark ci
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install:  ## the package, editable, with everything that developing it needs
+	$(PYTHON) -m pip install -e ".[test]"
+
+test:  ## unit tests, doctests, the README's code
+	$(PYTHON) -m pytest
+
+lint:  ## ruff: rules and formatting
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+
+types:  ## mypy
+	$(PYTHON) -m mypy
+
+notebooks:  ## run every notebook
+	$(PYTHON) -m pytest --nbmake examples/*.ipynb
+
+demo:  ## the paper's Table 4(a) on the embedded world
+	maft-adapter demo
+
+benchmark:  ## the encoder against plain CLIP, the dense form and crops
+	$(PYTHON) -m benchmarks.encoder
+
+ci:  ## all of the above that a change has to pass, in a fresh environment
+	.ci/run

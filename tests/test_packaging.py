@@ -1,0 +1,99 @@
+"""The distribution: what it contains, what it requires, what importing it costs."""
+
+import configparser
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import maft_adapter
+
+CHECKOUT = Path(__file__).parent.parent
+PACKAGE = Path(maft_adapter.__file__).parent
+
+needs_checkout = pytest.mark.skipif(
+    not (CHECKOUT / "setup.cfg").exists(),
+    reason="no setup.cfg beside tests/: these tests run away from the checkout",
+)
+
+
+@pytest.fixture
+def distribution() -> importlib.metadata.Distribution:
+    try:
+        return importlib.metadata.distribution("maft-adapter")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip('maft-adapter is not installed: pip install -e ".[test]"')
+
+
+@needs_checkout
+def test_wheel_built_from_the_sdist_has_every_file_of_the_package(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(
+        CHECKOUT / "maft_adapter", source / "maft_adapter", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(CHECKOUT / name, source)
+    expected = {
+        path.relative_to(source).as_posix() for path in (source / "maft_adapter").rglob("*") if path.is_file()
+    }
+
+    # build's default way: an sdist from the source, then a wheel from the sdist
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist", "source"]
+    built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name for name in names if name.startswith("maft_adapter/")} == expected
+    assert any(name.endswith("/LICENSE") for name in names)
+
+
+@needs_checkout
+def test_one_version_everywhere() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(CHECKOUT / "setup.cfg")
+    version = setup["metadata"]["version"]
+    assert f"\nversion: {version}\n" in (CHECKOUT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\n## [{version}]" in (CHECKOUT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_package_says_that_it_is_typed() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def test_requirements_are_five_and_none_is_capped(distribution: importlib.metadata.Distribution) -> None:
+    requirements = [Requirement(line) for line in distribution.requires or []]
+    assert {r.name for r in requirements if r.marker is None} == {
+        "einops",
+        "numpy",
+        "open_clip_torch",
+        "timm",
+        "torch",
+    }
+    assert [str(r) for r in requirements if any(s.operator != ">=" for s in r.specifier)] == []
+
+
+def test_console_script(distribution: importlib.metadata.Distribution) -> None:
+    (script,) = distribution.entry_points.select(group="console_scripts", name="maft-adapter")
+    assert callable(script.load())
+
+
+def test_import_needs_torch_and_einops_only() -> None:
+    """`import maft_adapter` and the core must work beside a CLIP fork, without open_clip and the extras."""
+    program = """
+import sys
+import torch, einops, einops.layers.torch
+before = set(sys.modules)
+import maft_adapter, maft_adapter.adapt, maft_adapter.attention, maft_adapter.freezing
+import maft_adapter.losses, maft_adapter.masks, maft_adapter.towers
+added = {name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names
+print(*sorted(added - {"maft_adapter", "torch", "einops"}))
+"""
+    imported = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert imported.returncode == 0, imported.stderr
+    assert imported.stdout.split() == []
