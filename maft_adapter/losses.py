@@ -1,0 +1,188 @@
+"""Losses of mask-aware fine-tuning, L = L_ma + lambda * L_dis (paper Eq. 5-8).
+
+B images, N proposals, C classes, K ground-truth classes of one image. N and K may differ from image to image:
+what depends on them comes as a sequence with one tensor per image. Scores are probabilities, after softmax.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import einsum
+from torch import Tensor, nn
+
+from .masks import check_unit_range
+
+PerImage = Tensor | Sequence[Tensor]  # (B, ...) or one tensor per image
+
+
+def mask_iou(masks: Tensor, targets: Tensor) -> Tensor:
+    """Soft IoU of proposals (N, H, W) and ground truth (K, H, W) of one image -> (K, N) (paper's S_IoU).
+
+    Intersection sum(m * t), union sum(m) + sum(t) - intersection; 0 if both masks are empty. Masks are bool
+    or in [0, 1]; a soft one scores below 1 even against itself. Returns float32 at least, in [0, 1]. Raises
+    ValueError on other shapes, different H and W, or values outside [0, 1].
+
+    >>> masks = torch.tensor([[[1.0, 1.0, 0.0, 0.0]], [[0.0, 0.0, 0.5, 0.5]]])  # (N=2, H=1, W=4)
+    >>> mask_iou(masks, targets=torch.ones(1, 1, 4, dtype=torch.bool))
+    tensor([[0.5000, 0.2500]])
+    """
+    if masks.ndim != 3 or targets.ndim != 3 or masks.shape[1:] != targets.shape[1:]:
+        got = f"{tuple(masks.shape)} and {tuple(targets.shape)}"
+        raise ValueError(f"expected masks (N, H, W) and targets (K, H, W), got {got}: resize one of them")
+    dtype = torch.promote_types(torch.promote_types(masks.dtype, targets.dtype), torch.float32)
+    masks, targets = masks.to(dtype), targets.to(dtype)
+    check_unit_range("masks", masks, "turn logits into probabilities with .sigmoid()")
+    check_unit_range("targets", targets, "give one binary mask per class, not a map of class indices")
+    with torch.autocast(masks.device.type, enabled=False):  # pixel counts overflow half precision
+        intersection = einsum(targets, masks, "k h w, n h w -> k n")
+    union = targets.sum((1, 2))[:, None] + masks.sum((1, 2)) - intersection  # (K, N)
+    iou = intersection / torch.where(union > 0, union, 1)  # dividing by 0 would give NaN gradients
+    return iou.clamp(max=1)  # only rounding goes beyond
+
+
+def min_max_normalize(iou: Tensor) -> Tensor:
+    """Stretch each class's row of IoU (K, N) to the full [0, 1] over the proposals -> (K, N) (paper Eq. 5).
+
+    A constant row (N = 1, or a spread within rounding, 1e-5 of the maximum) has no range to stretch and stays
+    as it is: a lone proposal of IoU 0.9 keeps 0.9, where the released code gives 0. Never NaN, nor is the
+    gradient. Raises ValueError if iou is not two-dimensional.
+
+    >>> min_max_normalize(torch.tensor([[0.25, 0.5, 0.75], [0.5, 0.5, 0.5]]))
+    tensor([[0.0000, 0.5000, 1.0000],
+            [0.5000, 0.5000, 0.5000]])
+    """
+    if iou.ndim != 2:
+        raise ValueError(f"expected iou (K, N) of one image, got {tuple(iou.shape)}")
+    if iou.shape[1] == 0:
+        return iou
+    low, high = iou.amin(1, keepdim=True), iou.amax(1, keepdim=True)  # (K, 1)
+    # the sums of identical proposals may differ in their last bits: stretching that would be noise
+    constant = high - low <= 1e-5 * high
+    return torch.where(constant, iou, (iou - low) / torch.where(constant, 1, high - low))
+
+
+def _kl(scores: Tensor, iou: Tensor, reduction: str) -> Tensor:
+    entropy = F.binary_cross_entropy(iou, iou, reduction=reduction)
+    return F.binary_cross_entropy(scores, iou, reduction=reduction) - entropy
+
+
+_KINDS: dict[str, Any] = {"smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss, "l2": F.mse_loss, "kl": _kl}
+
+
+def mask_aware_loss(scores: PerImage, iou: PerImage, labels: PerImage, kind: str = "smooth_l1") -> Tensor:
+    """Mask-aware loss L_ma: draw A^c of the classes present to their IoU (paper Eq. 6-7, Table 4b) -> scalar.
+
+    The mean over all (class, proposal) pairs of the batch. Images without classes add nothing; a batch with
+    no class at all gives a zero that can still be backpropagated. No gradient flows into the IoU.
+
+    Args:
+        scores: A^c in [0, 1], (B, N, C) or one (N_b, C) per image.
+        iou: one (K_b, N_b) per image, in [0, 1], from `min_max_normalize`.
+        labels: one (K_b,) per image, integer class indices in 0..C-1.
+        kind: "smooth_l1" (the paper's; half of "l2", as both sides lie in [0, 1]), "l1", "l2" or "kl".
+            The paper leaves its KL open; as rows of Eq. 5 are no distributions (many proposals may fit a
+            class, or none), this is each pair's Bernoulli KL(iou || score), zero only where both agree.
+
+    Raises:
+        TypeError: if labels are no integer tensors.
+        ValueError: on an empty batch, an unknown kind, or lengths, shapes or values that do not fit.
+
+    >>> scores = torch.tensor([[[0.5, 0.5], [1.0, 0.0]]])  # (B=1, N=2, C=2)
+    >>> mask_aware_loss(scores, [torch.tensor([[1.0, 1.0]])], [torch.tensor([0])], kind="l2")
+    tensor(0.1250)
+    """
+    _check_kind(kind)
+    _check_lengths(scores=scores, iou=iou, labels=labels)
+    selected, wanted = [], []
+    for b, (score, target, label) in enumerate(zip(scores, iou, labels, strict=True)):
+        if not isinstance(label, Tensor) or label.dtype.is_floating_point or label.dtype == torch.bool:
+            raise TypeError(f"labels[{b}] must be a tensor of integer class indices, got {label!r}")
+        if score.ndim != 2 or label.ndim != 1 or target.shape != (len(label), len(score)):
+            got = f"{tuple(score.shape)}, {tuple(target.shape)} and {tuple(label.shape)}"
+            raise ValueError(f"image {b}: expected scores (N, C), iou (K, N) and labels (K,), got {got}")
+        if len(label) and not (label.min() >= 0 and label.max() < score.shape[1]):
+            got = f"0..{score.shape[1] - 1}, got {label.tolist()}"
+            raise ValueError(f"labels[{b}] must lie in {got}: drop ignored classes, index the scored ones")
+        check_unit_range(f"scores[{b}]", score, "pass them through softmax over the classes")
+        check_unit_range(f"iou[{b}]", target, "see mask_iou and min_max_normalize")
+        dtype = torch.promote_types(score.dtype, torch.float32)
+        selected.append(score[:, label.long()].T.flatten().to(dtype))  # (K_b * N_b,)
+        wanted.append(target.detach().flatten().to(dtype))  # (K_b * N_b,)
+    pairs = torch.cat(selected)  # (P,)
+    with torch.autocast(pairs.device.type, enabled=False):  # under it, binary_cross_entropy refuses to run
+        return _KINDS[kind](pairs, torch.cat(wanted), reduction="none").sum() / max(len(pairs), 1)
+
+
+def self_distillation_loss(student_scores: Tensor, teacher_scores: Tensor) -> Tensor:
+    """Self-distillation loss L_dis: mean SmoothL1 of whole-image scores A^S and A^T (paper Eq. 8) -> scalar.
+
+    Both are (B, C) in [0, 1], of the fine-tuned and the frozen encoder without masks. No gradient flows into
+    the teacher's. Raises ValueError on shapes that differ or are not (B, C), an empty batch, other values.
+
+    >>> self_distillation_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.5]]))
+    tensor(0.1250)
+    """
+    if student_scores.ndim != 2 or student_scores.shape != teacher_scores.shape or not student_scores.numel():
+        got = f"{tuple(student_scores.shape)} and {tuple(teacher_scores.shape)}"
+        raise ValueError(f"expected student and teacher scores of one non-empty shape (B, C), got {got}")
+    check_unit_range("student_scores", student_scores, "pass them through softmax over the classes")
+    check_unit_range("teacher_scores", teacher_scores, "pass them through softmax over the classes")
+    return F.smooth_l1_loss(student_scores, teacher_scores.detach())
+
+
+class MAFTLoss(nn.Module):
+    """L_ma and lambda * L_dis of a batch (paper Eq. 5-8), lambda = distillation_weight >= 0.
+
+    `forward` takes scores, labels, student_scores and teacher_scores as the functions above do, and as in
+    `mask_iou` masks (B, N, H, W) or one (N_b, H, W) per image and one targets (K_b, H, W) per image. It gives
+    the scalars "mask_aware" and "self_distillation", the latter weighted already: their sum is the total.
+    Student and teacher scores are needed unless lambda is 0. The released code's lambda is 0.1; its loss
+    differs in constant IoU rows only, see `min_max_normalize`.
+
+    Raises ValueError on a bad kind or weight, missing student or teacher scores, what the functions refuse.
+
+    >>> targets, labels = [torch.ones(1, 2, 2)], [torch.tensor([0])]
+    >>> MAFTLoss(distillation_weight=0)(torch.ones(1, 3, 1), torch.ones(1, 3, 2, 2), targets, labels)
+    {'mask_aware': tensor(0.), 'self_distillation': tensor(0.)}
+    """
+
+    def __init__(self, kind: str = "smooth_l1", distillation_weight: float = 1.0) -> None:
+        super().__init__()
+        _check_kind(kind)
+        if not (math.isfinite(distillation_weight) and distillation_weight >= 0):
+            raise ValueError(f"distillation_weight must be finite and >= 0, got {distillation_weight}")
+        self.kind, self.distillation_weight = kind, distillation_weight
+
+    def forward(
+        self,
+        scores: PerImage,
+        masks: PerImage,
+        targets: PerImage,
+        labels: PerImage,
+        student_scores: Tensor | None = None,
+        teacher_scores: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        _check_lengths(scores=scores, masks=masks, targets=targets, labels=labels)
+        with torch.no_grad():
+            iou = [min_max_normalize(mask_iou(m, t)) for m, t in zip(masks, targets, strict=True)]
+        mask_aware = mask_aware_loss(scores, iou, labels, self.kind)
+        if self.distillation_weight == 0:
+            return {"mask_aware": mask_aware, "self_distillation": mask_aware.new_zeros(())}
+        if student_scores is None or teacher_scores is None:
+            raise ValueError("pass student_scores and teacher_scores (B, C), or set distillation_weight=0")
+        distillation = self_distillation_loss(student_scores, teacher_scores)
+        return {"mask_aware": mask_aware, "self_distillation": self.distillation_weight * distillation}
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in _KINDS:
+        raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(_KINDS)}")
+
+
+def _check_lengths(**per_image: PerImage) -> None:
+    lengths = {name: len(values) for name, values in per_image.items()}
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        raise ValueError(f"expected one entry per image and at least one image, got {lengths}")
