@@ -1,0 +1,344 @@
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from torch import Tensor, nn
+
+from maft_adapter.classify import class_scores, ensemble, label_map, semantic_scores, text_classifier
+
+TEMPLATES = ("a photo of a {}.", "{}", "there is a {} in the scene")
+
+
+@pytest.fixture(scope="module")
+def clip_model() -> nn.Module:
+    torch.manual_seed(0)
+    return open_clip.CLIP(
+        embed_dim=16,
+        vision_cfg=open_clip.CLIPVisionCfg(layers=1, width=32, head_width=16, patch_size=8, image_size=16),
+        text_cfg=open_clip.CLIPTextCfg(layers=2, width=32, heads=2),
+    ).eval()
+
+
+def random_scores(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).softmax(dim=-1)
+
+
+def random_masks(*shape: int, seed: int = 0) -> Tensor:
+    """Bool masks that leave a good part of the pixels uncovered."""
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) > 0.75
+
+
+class TestTextClassifier:
+    def test_equals_open_clip_for_plain_names(self, clip_model: nn.Module) -> None:
+        names = ["cat", "traffic light", "sky"]
+        expected = open_clip.build_zero_shot_classifier(clip_model, open_clip.tokenize, names, TEMPLATES)
+        torch.testing.assert_close(
+            text_classifier(clip_model, open_clip.tokenize, names, TEMPLATES), expected.T, atol=1e-6, rtol=0
+        )
+
+    def test_synonyms_are_averaged_over_all_prompts(self, clip_model: nn.Module) -> None:
+        synonyms = ("sofa", "couch", "settee")
+        text = text_classifier(clip_model, open_clip.tokenize, ["cat", synonyms], TEMPLATES)
+
+        total = np.zeros(16)
+        for name in synonyms:
+            for template in TEMPLATES:
+                with torch.no_grad():
+                    tokens = open_clip.tokenize([template.replace("{}", name)])
+                    embedding = clip_model.encode_text(tokens)[0].double().numpy()  # type: ignore[operator]
+                total += embedding / np.linalg.norm(embedding)
+        np.testing.assert_allclose(text[1].numpy(), total / np.linalg.norm(total), atol=1e-6)
+        alone = text_classifier(clip_model, open_clip.tokenize, ["cat"], TEMPLATES)
+        torch.testing.assert_close(text[:1], alone)
+
+    def test_rows_have_unit_length_and_no_gradient(self, clip_model: nn.Module) -> None:
+        text = text_classifier(clip_model, open_clip.tokenize, ["cat", ("sofa", "couch")], TEMPLATES)
+        torch.testing.assert_close(text.norm(dim=1), torch.ones(2))
+        assert not text.requires_grad
+
+    def test_original_clip_has_no_normalize_argument(self, clip_model: nn.Module) -> None:
+        class OriginalClip(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = clip_model
+
+            def encode_text(self, text: Tensor) -> Tensor:
+                return self.model.encode_text(text)  # type: ignore[operator]
+
+        names = ["cat", "dog"]
+        torch.testing.assert_close(
+            text_classifier(OriginalClip(), open_clip.tokenize, names),
+            text_classifier(clip_model, open_clip.tokenize, names),
+        )
+
+    def test_half_precision_model_gives_float32(self, clip_model: nn.Module) -> None:
+        torch.manual_seed(0)
+        half = open_clip.CLIP(
+            embed_dim=16,
+            vision_cfg=open_clip.CLIPVisionCfg(
+                layers=1, width=32, head_width=16, patch_size=8, image_size=16
+            ),
+            text_cfg=open_clip.CLIPTextCfg(layers=2, width=32, heads=2),
+        ).bfloat16()
+        text = text_classifier(half, open_clip.tokenize, ["cat", "dog"], TEMPLATES)
+        assert text.dtype == torch.float32
+        full = text_classifier(clip_model, open_clip.tokenize, ["cat", "dog"], TEMPLATES)
+        torch.testing.assert_close(text, full, atol=0.02, rtol=0)
+
+    def test_result_goes_to_the_device_asked_for(self, clip_model: nn.Module) -> None:
+        text = text_classifier(clip_model, open_clip.tokenize, ["cat"], device="meta")
+        assert text.device.type == "meta"
+
+    @pytest.mark.parametrize(
+        ("class_names", "templates", "error", "message"),
+        [
+            ([], TEMPLATES, ValueError, "class_names is empty"),
+            ("cat", TEMPLATES, TypeError, r"use \['cat'\]"),
+            (["cat", ""], TEMPLATES, ValueError, "class 1 has no name"),
+            (["cat", ()], TEMPLATES, ValueError, "class 1 has no name"),
+            (["cat", ("sofa", " ")], TEMPLATES, ValueError, "class 1 has no name"),
+            (["cat", ("sofa", 3)], TEMPLATES, TypeError, "class 1 must be"),
+            (["cat", 3], TEMPLATES, TypeError, "class 1 must be"),
+            (["cat", "dog", "cat"], TEMPLATES, ValueError, "classes 0 and 2 are both named"),
+            ([("a", "b"), ("b", "a")], TEMPLATES, ValueError, "classes 0 and 1 are both named"),
+            (["cat"], (), ValueError, "templates is empty"),
+            (["cat"], "a {}", TypeError, r"use \['a \{\}'\]"),
+            (["cat"], ("{}", "a photo"), ValueError, "exactly one {} .*'a photo'"),
+            (["cat"], ("{} and {}",), ValueError, "exactly one {}"),
+            (["cat"], ("{} in {place}",), ValueError, "exactly one {}"),
+            (["cat"], ("{} in {",), ValueError, "exactly one {}"),
+            (["cat"], (str.upper,), TypeError, "every template must be a string"),
+        ],
+    )
+    def test_refuses(
+        self, clip_model: nn.Module, class_names: Any, templates: Any, error: type[Exception], message: str
+    ) -> None:
+        with pytest.raises(error, match=message):
+            text_classifier(clip_model, open_clip.tokenize, class_names, templates)
+
+
+class TestClassScores:
+    @pytest.mark.parametrize("shape", [(5, 8), (2, 5, 8), (3, 2, 5, 8)])
+    def test_equals_numpy(self, shape: tuple[int, ...]) -> None:
+        torch.manual_seed(0)
+        embeddings, text = torch.randn(*shape), torch.randn(4, 8)
+        scores = class_scores(embeddings, text, logit_scale=10.0)
+
+        e, t = embeddings.double().numpy(), text.double().numpy()
+        cosine = (e @ t.T) / np.linalg.norm(e, axis=-1, keepdims=True) / np.linalg.norm(t, axis=-1)
+        expected = np.exp(10 * cosine)
+        expected /= expected.sum(-1, keepdims=True)
+        np.testing.assert_allclose(scores.numpy(), expected, atol=1e-6)
+
+    def test_no_proposals(self) -> None:
+        assert class_scores(torch.zeros(2, 0, 8), torch.ones(4, 8)).shape == (2, 0, 4)
+
+    def test_length_of_the_embeddings_does_not_matter(self) -> None:
+        torch.manual_seed(0)
+        embeddings, text = torch.randn(2, 5, 8), torch.randn(4, 8)
+        torch.testing.assert_close(class_scores(3 * embeddings, text / 7), class_scores(embeddings, text))
+
+    @pytest.mark.parametrize("logit_scale", [torch.tensor(20.0), torch.tensor([20.0])])
+    def test_tensor_logit_scale(self, logit_scale: Tensor) -> None:
+        torch.manual_seed(0)
+        embeddings, text = torch.randn(2, 5, 8), torch.randn(4, 8)
+        torch.testing.assert_close(
+            class_scores(embeddings, text, logit_scale), class_scores(embeddings, text, 20.0)
+        )
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_is_computed_in_float32(self, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        embeddings, text = torch.randn(2, 5, 8).to(dtype), torch.randn(4, 8).to(dtype)
+        scores = class_scores(embeddings, text)
+        assert scores.dtype == torch.float32
+        assert torch.equal(scores, class_scores(embeddings.float(), text.float()))
+
+    def test_gradient_equals_finite_differences(self) -> None:
+        torch.manual_seed(0)
+        embeddings = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+        text = torch.randn(3, 4, dtype=torch.float64)
+        assert torch.autograd.gradcheck(lambda e: class_scores(e, text, 5.0), embeddings)
+
+    @pytest.mark.parametrize(
+        ("embeddings", "text", "logit_scale", "error", "message"),
+        [
+            ([[1.0]], torch.ones(2, 1), 1.0, TypeError, "embeddings must be a float tensor, got list"),
+            (torch.ones(3, 8), torch.ones(4, 8).int(), 1.0, TypeError, "text must be a float tensor"),
+            (torch.ones(3, 8), torch.ones(4, 6), 1.0, ValueError, r"D = 6, got \(3, 8\)"),
+            (torch.ones(8), torch.ones(4, 8), 1.0, ValueError, r"\(\.\.\., N, D\)"),
+            (torch.ones(3, 8), torch.ones(0, 8), 1.0, ValueError, "at least one class"),
+            (torch.ones(3, 8), torch.ones(8), 1.0, ValueError, r"text must be \(C, D\)"),
+            (torch.ones(3, 8), torch.ones(4, 8), 0.0, ValueError, "positive"),
+            (torch.ones(3, 8), torch.ones(4, 8), float("nan"), ValueError, "positive"),
+            (torch.ones(3, 8), torch.ones(4, 8), torch.ones(4), ValueError, "one number"),
+        ],
+    )
+    def test_refuses(
+        self, embeddings: Any, text: Tensor, logit_scale: Any, error: type[Exception], message: str
+    ) -> None:
+        with pytest.raises(error, match=message):
+            class_scores(embeddings, text, logit_scale)
+
+
+class TestEnsemble:
+    seen = torch.tensor([True, False, True, False])
+
+    @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4)])
+    @pytest.mark.parametrize("weight", [0.0, 0.3, 0.7, 1.0])
+    @pytest.mark.parametrize("unseen", ["paper", "released"])
+    def test_equals_equation_9_class_by_class(
+        self, shape: tuple[int, ...], weight: float, unseen: Any
+    ) -> None:
+        a_p, a_c = random_scores(*shape, seed=1), random_scores(*shape, seed=2)
+        result = ensemble(a_p, a_c, self.seen, weight, unseen)
+
+        assert result.shape == shape
+        for index in np.ndindex(shape):
+            p, c = a_p[index].item(), a_c[index].item()
+            if self.seen[index[-1]]:
+                expected = p**weight * c ** (1 - weight)
+            elif unseen == "paper":
+                expected = c**weight
+            else:
+                expected = p ** (1 - weight) * c**weight
+            assert result[index].item() == pytest.approx(expected, abs=1e-6)
+
+    def test_papers_form_ignores_the_generator_on_unseen_classes(self) -> None:
+        a_p, a_c = random_scores(3, 4, seed=1), random_scores(3, 4, seed=2)
+        other = torch.where(self.seen, a_p, torch.zeros(()))
+        assert torch.equal(ensemble(a_p, a_c, self.seen, 0.7), ensemble(other, a_c, self.seen, 0.7))
+        assert (ensemble(other, a_c, self.seen, 0.7, "released")[:, ~self.seen] == 0).all()
+
+    def test_no_proposals(self) -> None:
+        assert ensemble(torch.zeros(0, 4), torch.zeros(0, 4), self.seen, 0.7).shape == (0, 4)
+
+    @pytest.mark.parametrize(
+        ("changes", "error", "message"),
+        [
+            ({"weight": -0.1}, ValueError, r"weight \(λ\) must lie in \[0, 1\], got -0.1"),
+            ({"weight": 1.5}, ValueError, "got 1.5"),
+            ({"weight": float("nan")}, ValueError, "got nan"),
+            ({"unseen": "both"}, ValueError, "'paper' or 'released', got 'both'"),
+            ({"seen": torch.ones(4)}, TypeError, "bool tensor of shape"),
+            ({"seen": [True, False, True, False]}, TypeError, "got list"),
+            ({"seen": torch.ones(3, dtype=torch.bool)}, ValueError, r"\(4,\), got \(3,\)"),
+            ({"proposal_scores": torch.ones(2, 4)}, ValueError, r"\(2, 4\) and \(3, 4\)"),
+            ({"proposal_scores": 5 * torch.ones(3, 4)}, ValueError, r"proposal_scores must be in \[0, 1\]"),
+            ({"clip_scores": -torch.ones(3, 4)}, ValueError, r"clip_scores must be in \[0, 1\]"),
+            ({"clip_scores": torch.full((3, 4), torch.nan)}, ValueError, "without NaN"),
+            ({"clip_scores": torch.ones(3, 4).int()}, TypeError, "clip_scores must be a float tensor"),
+        ],
+    )
+    def test_refuses(self, changes: dict[str, Any], error: type[Exception], message: str) -> None:
+        given: dict[str, Any] = {
+            "proposal_scores": random_scores(3, 4),
+            "clip_scores": random_scores(3, 4),
+            "seen": self.seen,
+            "weight": 0.7,
+        }
+        with pytest.raises(error, match=message):
+            ensemble(**(given | changes))
+
+
+class TestSemanticScores:
+    @pytest.mark.parametrize("soft", [False, True])
+    def test_equals_a_loop_over_pixels(self, soft: bool) -> None:
+        scores = random_scores(2, 5, 3)
+        masks = torch.rand(2, 5, 4, 6) if soft else random_masks(2, 5, 4, 6)
+        result = semantic_scores(scores, masks)
+
+        assert result.shape == (2, 3, 4, 6)
+        for b, c, y, x in np.ndindex(2, 3, 4, 6):
+            expected = sum(scores[b, n, c].item() * float(masks[b, n, y, x]) for n in range(5))
+            assert result[b, c, y, x].item() == pytest.approx(expected, abs=1e-6)
+
+    def test_one_image_equals_its_place_in_the_batch(self) -> None:
+        scores, masks = random_scores(2, 5, 3), random_masks(2, 5, 4, 6)
+        torch.testing.assert_close(semantic_scores(scores[1], masks[1]), semantic_scores(scores, masks)[1])
+
+    def test_half_precision_does_not_round_small_scores_away(self) -> None:
+        scores = torch.full((1, 1), 1e-4, dtype=torch.float16)
+        masks = torch.full((1, 1, 1), 1e-4, dtype=torch.float16)
+        assert semantic_scores(scores, masks).item() == pytest.approx(1e-8, rel=1e-2)
+
+    @pytest.mark.parametrize(
+        ("scores", "masks", "error", "message"),
+        [
+            (torch.ones(5, 3), [torch.ones(4, 6)], TypeError, "got list; .*loop"),
+            (torch.ones(5, 3), torch.ones(5, 4, 6).int(), TypeError, "bool or float"),
+            (torch.ones(5, 3), torch.ones(6, 4, 6), ValueError, r"\(5, 3\) and \(6, 4, 6\)"),
+            (torch.ones(5, 3), torch.ones(1, 5, 4, 6), ValueError, "expected scores"),
+            (torch.ones(2, 5, 3), torch.ones(1, 5, 4, 6), ValueError, "expected scores"),
+            (torch.ones(5, 3), 4 * torch.ones(5, 4, 6), ValueError, "sigmoid"),
+            (torch.ones(5, 3), torch.full((5, 4, 6), torch.nan), ValueError, "without NaN"),
+            (20 * torch.ones(5, 3), torch.ones(5, 4, 6), ValueError, "call .softmax"),
+        ],
+    )
+    def test_refuses(self, scores: Tensor, masks: Any, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            semantic_scores(scores, masks)
+
+
+class TestLabelMap:
+    @pytest.mark.parametrize("with_valid", [False, True])
+    def test_equals_a_loop_over_pixels(self, with_valid: bool) -> None:
+        scores, masks = random_scores(2, 6, 3), random_masks(2, 6, 5, 7)
+        valid = torch.tensor([[True, False, True, False, False, True], [False] * 3 + [True] * 3])
+        labels = label_map(scores, masks, valid=valid if with_valid else None)
+
+        assert labels.shape == (2, 5, 7)
+        assert labels.dtype == torch.int64
+        for b, y, x in np.ndindex(2, 5, 7):
+            voters = [n for n in range(6) if masks[b, n, y, x] and (valid[b, n] or not with_valid)]
+            expected = 255
+            if voters:
+                expected = int(np.argmax(scores[b, voters].double().numpy().sum(0)))
+            assert labels[b, y, x].item() == expected
+        assert {0, 2, 255} <= set(labels.unique().tolist())
+
+    def test_order_of_the_proposals_does_not_matter(self) -> None:
+        scores, masks = random_scores(1, 6, 3), random_masks(1, 6, 5, 7)
+        order = torch.tensor([3, 5, 0, 1, 4, 2])
+        assert torch.equal(label_map(scores[:, order], masks[:, order]), label_map(scores, masks))
+
+    def test_invalid_proposals_may_hold_nan(self) -> None:
+        scores, masks = random_scores(2, 3), random_masks(2, 5, 7)
+        labels = label_map(scores[:1], masks[:1])
+        scores[1] = torch.nan
+        assert torch.equal(label_map(scores, masks, valid=torch.tensor([True, False])), labels)
+
+    @pytest.mark.parametrize("ignore_index", [255, -1, 65535])
+    def test_nobody_votes(self, ignore_index: int) -> None:
+        expected = torch.full((5, 7), ignore_index)
+        everywhere = torch.ones(2, 5, 7)
+        assert torch.equal(label_map(torch.zeros(0, 3), torch.zeros(0, 5, 7), ignore_index), expected)
+        none_valid = torch.tensor([False, False])
+        assert torch.equal(
+            label_map(random_scores(2, 3), everywhere, ignore_index, valid=none_valid), expected
+        )
+        assert torch.equal(label_map(torch.zeros(2, 3), everywhere, ignore_index), expected)
+
+    def test_faint_soft_masks_still_cover(self) -> None:
+        masks = torch.tensor([[[0.0, 1e-6, 0.4]]])
+        assert label_map(torch.tensor([[0.2, 0.8]]), masks).tolist() == [[255, 1, 1]]
+
+    @pytest.mark.parametrize(
+        ("changes", "error", "message"),
+        [
+            ({"ignore_index": 2}, ValueError, "ignore_index 2 is one of the 3 classes"),
+            ({"ignore_index": 0}, ValueError, "ignore_index 0"),
+            ({"valid": torch.ones(5)}, TypeError, "valid must be a bool tensor"),
+            ({"valid": torch.ones(1, 5, dtype=torch.bool)}, ValueError, r"\(5,\), one flag per proposal"),
+            ({"scores": torch.ones(5, 0)}, ValueError, "C at least 1"),
+            ({"scores": None}, TypeError, "got NoneType"),
+            ({"scores": torch.full((5, 3), torch.nan)}, ValueError, "without NaN"),
+            ({"masks": torch.ones(4, 4, 6)}, ValueError, "expected scores"),
+        ],
+    )
+    def test_refuses(self, changes: dict[str, Any], error: type[Exception], message: str) -> None:
+        given: dict[str, Any] = {"scores": random_scores(5, 3), "masks": random_masks(5, 4, 6)}
+        with pytest.raises(error, match=message):
+            label_map(**(given | changes))

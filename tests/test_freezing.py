@@ -1,0 +1,194 @@
+import re
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import timm
+import torch
+from open_clip import CLIP
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transformer import VisionTransformer
+from torch import nn
+
+from maft_adapter.freezing import trainable_parameters
+
+# Table 4d, from top to bottom: what each row freezes in addition
+ROWS = {
+    "none": (),
+    "+cls": ("class_embedding",),
+    "+pos": ("positional_embedding",),
+    "+mlp": (".mlp.",),
+    "+conv": ("conv1",),
+    "+proj": ("proj",),
+}
+
+
+def tower(**options: object) -> VisionTransformer:
+    return VisionTransformer(
+        image_size=32, patch_size=16, width=16, layers=3, heads=2, mlp_ratio=2.0, output_dim=8, **options
+    )
+
+
+class OpenAIBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, 2)
+        self.ln_1 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
+        self.mlp.add_module("gelu", nn.GELU())
+        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+        self.ln_2 = nn.LayerNorm(width)
+
+
+class OpenAITower(nn.Module):
+    """The parameters of OpenAI's VisionTransformer, in its order and under its names."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 16, 16, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(width))
+        self.positional_embedding = nn.Parameter(torch.randn(5, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = nn.Module()
+        self.transformer.resblocks = nn.Sequential(OpenAIBlock(width), OpenAIBlock(width))
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(torch.randn(width, 8))
+
+
+TOWERS: dict[str, Callable[[], nn.Module]] = {
+    "open_clip": tower,
+    "layer scale": lambda: tower(ls_init_value=0.1),
+    "custom blocks": lambda: tower(block_type="custom", qk_norm=True, scale_attn=True, scale_fc=True),
+    "no ln_pre": lambda: tower(no_ln_pre=True),
+    "OpenAI": OpenAITower,
+}
+
+
+def is_frozen(name: str, row: str) -> bool:
+    marks: list[str] = []
+    for freeze, added in ROWS.items():
+        marks += added
+        if freeze == row:
+            break
+    return any(name == mark or (mark in name and mark in (".mlp.", "conv1")) for mark in marks)
+
+
+def trains_in_the_released_code(name: str) -> bool:
+    return ("transformer.resblocks" in name and "mlp" not in name) or name.startswith("ln_post.")
+
+
+def requires_grad(visual: nn.Module) -> dict[str, bool]:
+    return {name: parameter.requires_grad for name, parameter in visual.named_parameters()}
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("kind", TOWERS)
+def test_rows_of_table_4d(kind: str, row: str) -> None:
+    visual = TOWERS[kind]()
+    trainable_parameters(visual, row)
+    assert requires_grad(visual) == {name: not is_frozen(name, row) for name in requires_grad(visual)}
+
+
+def test_each_row_freezes_what_it_adds_and_no_more() -> None:
+    visual = tower()
+    frozen: list[set[str]] = []
+    for row in ROWS:
+        trainable_parameters(visual, row)
+        frozen.append({name for name, trains in requires_grad(visual).items() if not trains})
+    assert frozen[0] == set()
+    assert all(before < after for before, after in pairwise(frozen))
+    added = [after - before for before, after in pairwise(frozen)]
+    assert added[0] == {"class_embedding"}
+    assert added[1] == {"positional_embedding"}
+    assert {re.sub(r"\.\d+\.", ".*.", name) for name in added[2]} == {
+        f"transformer.resblocks.*.mlp.{name}"
+        for name in ("c_fc.weight", "c_fc.bias", "c_proj.weight", "c_proj.bias")
+    }
+    assert added[3] == {"conv1.weight"}
+    assert added[4] == {"proj"}
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_paper_is_the_default_and_the_row_conv(kind: str) -> None:
+    visual = TOWERS[kind]()
+    trainable_parameters(visual, "+conv")
+    expected = requires_grad(visual)
+    trainable_parameters(visual, "none")
+    trainable_parameters(visual)
+    assert requires_grad(visual) == expected
+    trainable_parameters(visual, "paper")
+    assert requires_grad(visual) == expected
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_released(kind: str) -> None:
+    visual = TOWERS[kind]()
+    trainable_parameters(visual, "released")
+    got = requires_grad(visual)
+    assert got == {name: trains_in_the_released_code(name) for name in got}
+
+
+@pytest.mark.parametrize("freeze", [*ROWS, "paper", "released"])
+def test_returns_the_training_parameters_in_order(freeze: str) -> None:
+    visual = tower()
+    visual.requires_grad_(False)
+    trained = trainable_parameters(visual, freeze)
+    assert [id(p) for p in trained] == [id(p) for p in visual.parameters() if p.requires_grad]
+
+
+def test_one_optimizer_step_moves_exactly_the_returned_parameters() -> None:
+    visual = tower()
+    optimizer = torch.optim.AdamW(trainable_parameters(visual), lr=0.1)
+    before = {name: parameter.clone() for name, parameter in visual.named_parameters()}
+    visual(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    moved = {name for name, parameter in visual.named_parameters() if not parameter.equal(before[name])}
+    assert moved == {name for name, trains in requires_grad(visual).items() if trains}
+    assert "ln_pre.weight" in moved
+    assert "conv1.weight" not in moved
+
+
+def small_clip() -> CLIP:
+    return CLIP(
+        embed_dim=8,
+        vision_cfg={"image_size": 32, "patch_size": 16, "width": 16, "layers": 1, "head_width": 8},
+        text_cfg={"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1},
+    )
+
+
+def without_class_token() -> VisionTransformer:
+    visual = tower()
+    del visual.class_embedding
+    return visual
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ModifiedResNet((1, 1, 1, 1), 8, 2, 32, 4), r"ModifiedResNet is not laid out.*'bn1\.weight'"),
+        (lambda: timm.create_model("vit_tiny_patch16_224", depth=1), r"unknown role \['cls_token'"),
+        (small_clip, r"CLIP is not laid out.*unknown role.*pass the image tower itself \(model\.visual\)"),
+        (lambda: nn.Sequential(tower()), "before torch.compile or DDP wraps it"),
+        (lambda: tower(attentional_pool=True), r"attn_pool\."),
+        (without_class_token, r"0 parameters of unknown role \[\], units without parameters \['cls'\]"),
+        (nn.Identity, r"without parameters \['attention', 'cls', 'conv', 'ln_post', 'mlp', 'pos', 'proj'\]"),
+    ],
+)
+def test_unknown_towers_are_refused_and_left_alone(build: Callable[[], nn.Module], message: str) -> None:
+    visual = build()
+    first = next(visual.parameters(), torch.zeros(0))
+    first.requires_grad = False
+    before = requires_grad(visual)
+    with pytest.raises(ValueError, match=f"(?i){message}"):
+        trainable_parameters(visual)
+    assert requires_grad(visual) == before
+
+
+def test_unknown_name_lists_the_choices_and_changes_nothing() -> None:
+    visual = tower()
+    before = requires_grad(visual)
+    choices = re.escape(r"none, +cls, +pos, +mlp, +conv, +proj, paper, released")
+    with pytest.raises(ValueError, match=rf"unknown freeze 'mlp'.*{choices}"):
+        trainable_parameters(visual, "mlp")
+    assert requires_grad(visual) == before

@@ -1,0 +1,360 @@
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from maft_adapter.losses import (
+    MAFTLoss,
+    mask_aware_loss,
+    mask_iou,
+    min_max_normalize,
+    self_distillation_loss,
+)
+
+KINDS = ["smooth_l1", "l1", "l2", "kl"]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def ragged_batch() -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """scores, masks, targets, labels of four images with C = 6; K = 2, 0, 3, 1 and N = 5, 4, 1, 7."""
+    sizes = [(5, 2, 8, 8), (4, 0, 8, 8), (1, 3, 5, 9), (7, 1, 12, 4)]
+    scores = [torch.randn(n, 6).softmax(-1) for n, _, _, _ in sizes]
+    masks = [torch.rand(n, h, w) for n, _, h, w in sizes]
+    targets = [torch.rand(k, h, w) > 0.6 for _, k, h, w in sizes]
+    labels = [torch.randperm(6)[:k] for _, k, _, _ in sizes]
+    return scores, masks, targets, labels
+
+
+def numpy_iou(masks: NDArray[np.float64], targets: NDArray[np.float64]) -> NDArray[np.float64]:
+    iou = np.zeros((len(targets), len(masks)))
+    for k, target in enumerate(targets):
+        for n, mask in enumerate(masks):
+            intersection = (mask * target).sum()
+            union = (mask + target - mask * target).sum()
+            iou[k, n] = intersection / union if union else 0
+    return iou
+
+
+def numpy_normalize(iou: NDArray[np.float64]) -> NDArray[np.float64]:
+    rows = [(row - row.min()) / np.ptp(row) if np.ptp(row) else row for row in iou]
+    return np.array(rows).reshape(iou.shape)
+
+
+def numpy_distance(kind: str, x: float, y: float) -> float:
+    if kind == "kl":
+        return y * np.log(y / x if y else 1) + (1 - y) * np.log((1 - y) / (1 - x) if y < 1 else 1)
+    d = abs(x - y)
+    return {"l1": d, "l2": d * d, "smooth_l1": 0.5 * d * d if d < 1 else d - 0.5}[kind]  # smooth_l1: Eq. 7
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_iou_equals_numpy(soft: bool) -> None:
+    masks = torch.rand(7, 9, 13)
+    targets = torch.rand(4, 9, 13) > 0.5
+    if not soft:
+        masks = masks > 0.3
+    masks[2] = 0
+    targets[1] = 0  # with masks[2] a pair without any pixel
+    expected = numpy_iou(masks.double().numpy(), targets.double().numpy())
+    assert mask_iou(masks, targets).dtype == torch.float32
+    np.testing.assert_allclose(mask_iou(masks, targets).numpy(), expected, rtol=1e-5)
+
+
+def test_iou_of_a_binary_mask_with_itself_is_one_and_symmetric() -> None:
+    masks = torch.rand(6, 30, 30) > 0.5
+    iou = mask_iou(masks, masks)
+    assert torch.equal(iou.diagonal(), torch.ones(6))
+    assert torch.equal(iou, iou.T)
+
+
+@pytest.mark.parametrize(("n", "k"), [(0, 3), (3, 0), (0, 0)])
+def test_no_proposals_or_no_classes(n: int, k: int) -> None:
+    iou = min_max_normalize(mask_iou(torch.rand(n, 4, 4), torch.ones(k, 4, 4)))
+    assert iou.shape == (k, n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_neither_overflows_nor_rounds_the_pixel_counts(dtype: torch.dtype) -> None:
+    masks = torch.ones(1, 300, 300, dtype=dtype)  # 90000 pixels: beyond float16
+    targets = torch.ones(1, 300, 300, dtype=torch.bool)
+    targets[:, :1] = False
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        iou = mask_iou(masks, targets)
+    assert iou.item() == pytest.approx(299 / 300, rel=1e-6)
+
+
+def test_iou_gradient() -> None:
+    masks = torch.rand(3, 3, 4, dtype=torch.float64, requires_grad=True)
+    targets = (torch.rand(2, 3, 4) > 0.5).double()
+    assert torch.autograd.gradcheck(lambda m: min_max_normalize(mask_iou(m, targets)), masks)
+
+
+def test_empty_masks_have_finite_gradients() -> None:
+    masks = torch.zeros(2, 4, 4, requires_grad=True)
+    min_max_normalize(mask_iou(masks, torch.zeros(1, 4, 4))).sum().backward()
+    assert masks.grad is not None
+    assert masks.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("masks", "targets", "message"),
+    [
+        (torch.rand(2, 4, 4), torch.ones(1, 4, 5), r"\(2, 4, 4\) and \(1, 4, 5\): resize"),
+        (torch.rand(1, 2, 4, 4), torch.ones(1, 4, 4), r"masks \(N, H, W\)"),
+        (torch.full((2, 4, 4), -3.0), torch.ones(1, 4, 4), r"masks must lie in \[0, 1\].*-3.*sigmoid"),
+        (torch.full((2, 4, 4), torch.nan), torch.ones(1, 4, 4), "masks must lie.*nan"),
+        (torch.rand(2, 4, 4), torch.full((1, 4, 4), 255), "targets must lie.*one binary mask per class"),
+    ],
+)
+def test_iou_refuses(masks: Tensor, targets: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mask_iou(masks, targets)
+
+
+def test_rows_are_stretched_to_zero_and_one_independently() -> None:
+    iou = torch.rand(5, 20) * torch.tensor([0.9, 0.5, 1e-3, 1e-9, 1.0])[:, None]
+    normalized = min_max_normalize(iou)
+    assert torch.equal(normalized.amin(1), torch.zeros(5))
+    assert torch.equal(normalized.amax(1), torch.ones(5))
+    assert torch.equal(normalized.argsort(1), iou.argsort(1))
+    assert torch.equal(normalized[2], min_max_normalize(iou[2:3])[0])
+    np.testing.assert_allclose(normalized.numpy(), numpy_normalize(iou.double().numpy()), atol=1e-6)
+
+
+@pytest.mark.parametrize("row", [[0.9], [0.0], [0.4, 0.4, 0.4], [0.0, 0.0]])
+def test_constant_rows_stay(row: list[float]) -> None:
+    iou = torch.tensor([row, row], requires_grad=True)
+    normalized = min_max_normalize(iou)
+    assert torch.equal(normalized, iou)
+    normalized.sum().backward()
+    assert iou.grad is not None
+    assert torch.equal(iou.grad, torch.ones_like(iou))
+
+
+def test_identical_proposals_are_not_told_apart_by_rounding() -> None:
+    # the sums of some of these copies differ in their last bits, with some kernels
+    masks = torch.rand(1, 400, 400).repeat(33, 1, 1)
+    iou = mask_iou(masks, torch.rand(3, 400, 400) > 0.7)
+    assert torch.equal(min_max_normalize(iou), iou)
+
+
+def test_normalize_refuses_a_batch() -> None:
+    with pytest.raises(ValueError, match=r"iou \(K, N\).*\(2, 3, 4\)"):
+        min_max_normalize(torch.rand(2, 3, 4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mask_aware_loss_equals_numpy(kind: str) -> None:
+    scores, masks, targets, labels = ragged_batch()
+    pairs = []
+    for score, mask, target, label in zip(scores, masks, targets, labels, strict=True):
+        wanted = numpy_normalize(numpy_iou(mask.double().numpy(), target.double().numpy()))
+        for k, c in enumerate(label.tolist()):
+            pairs += [numpy_distance(kind, score[n, c].item(), wanted[k, n]) for n in range(len(score))]
+    assert len(pairs) == 2 * 5 + 3 * 1 + 1 * 7
+    iou = [min_max_normalize(mask_iou(m, t)) for m, t in zip(masks, targets, strict=True)]
+    assert mask_aware_loss(scores, iou, labels, kind).item() == pytest.approx(np.mean(pairs), rel=1e-5)
+
+
+def test_matches_torch_on_a_dense_batch_as_in_the_released_code() -> None:
+    """SmoothL1Loss over the stacked (image, class) rows; epsilons in both divisions."""
+    scores, labels = torch.randn(3, 10, 5).softmax(-1), [torch.tensor([4, 0])] * 3
+    masks, targets = torch.rand(3, 10, 16, 16), [torch.rand(2, 16, 16) > 0.5 for _ in range(3)]
+    rows, goals = [], []
+    for b in range(3):
+        for target, label in zip(targets[b].float(), labels[b], strict=True):
+            intersection = (masks[b] * target).sum((1, 2))
+            iou = intersection / (masks[b].sum((1, 2)) + target.sum() - intersection + 1e-7)
+            goals.append((iou - iou.min()) / (iou.max() - iou.min() + 1e-8))
+            rows.append(scores[b, :, label])
+    expected = F.smooth_l1_loss(torch.stack(rows), torch.stack(goals))
+    losses = MAFTLoss(distillation_weight=0)(scores, masks, targets, labels)
+    torch.testing.assert_close(losses["mask_aware"], expected)
+
+
+def test_tensor_and_sequence_agree() -> None:
+    scores, iou = torch.randn(2, 4, 3).softmax(-1), [torch.rand(2, 4), torch.rand(1, 4)]
+    labels = [torch.tensor([2, 0]), torch.tensor([1])]
+    assert torch.equal(mask_aware_loss(scores, iou, labels), mask_aware_loss(list(scores), iou, labels))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_is_zero_at_the_target_only(kind: str) -> None:
+    iou = torch.tensor([[0.0, 0.3, 1.0, 0.8]])
+    scores = iou.T.clone()  # (N=4, C=1)
+    labels = [torch.tensor([0])]
+    assert mask_aware_loss([scores], [iou], labels, kind).item() == pytest.approx(0, abs=1e-6)
+    for n in range(4):
+        moved = scores.clone()
+        moved[n] = (moved[n] - 0.4).abs()
+        assert mask_aware_loss([moved], [iou], labels, kind).item() > 1e-3
+
+
+def test_smooth_l1_is_half_of_l2_on_probabilities() -> None:
+    scores, iou, labels = torch.rand(1, 9, 3), [torch.rand(3, 9)], [torch.arange(3)]
+    torch.testing.assert_close(
+        2 * mask_aware_loss(scores, iou, labels), mask_aware_loss(scores, iou, labels, "l2")
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_the_scores_of_present_classes_only(kind: str) -> None:
+    scores = torch.rand(1, 3, 4, dtype=torch.float64) * 0.8 + 0.1
+    scores.requires_grad_()
+    iou = torch.rand(2, 3, dtype=torch.float64, requires_grad=True)
+    labels = [torch.tensor([3, 1])]
+    loss = mask_aware_loss(scores, [iou], labels, kind)
+    loss.backward()
+    assert iou.grad is None
+    assert scores.grad is not None
+    assert (scores.grad[..., [1, 3]] != 0).all()
+    assert (scores.grad[..., [0, 2]] == 0).all()
+    check: Callable[[Tensor], Tensor] = lambda s: mask_aware_loss(s, [iou.detach()], labels, kind)  # noqa: E731
+    assert torch.autograd.gradcheck(check, scores)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saturated_scores_keep_loss_and_gradient_finite(kind: str) -> None:
+    logits = torch.tensor([[[200.0, -200.0], [-200.0, 200.0]]], requires_grad=True)  # softmax gives 0 and 1
+    iou = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    loss = mask_aware_loss(logits.softmax(-1), [iou], [torch.tensor([0, 1])], kind)
+    loss.backward()
+    assert loss.isfinite()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [0, 4])
+def test_batch_without_classes_is_a_zero_attached_to_the_graph(kind: str, n: int) -> None:
+    scores = torch.full((2, n, 3), 1 / 3, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.long)
+    loss = mask_aware_loss(scores, [torch.zeros(0, n)] * 2, [none, none], kind)
+    loss.backward()
+    assert loss.item() == 0
+    assert scores.grad is not None
+    assert torch.equal(scores.grad, torch.zeros(2, n, 3))
+
+
+def test_image_without_classes_changes_nothing() -> None:
+    scores, iou, labels = torch.rand(2, 4, 3), torch.rand(2, 4), torch.tensor([0, 2])
+    none = torch.zeros(0, dtype=torch.long)
+    both = mask_aware_loss(scores, [iou, torch.zeros(0, 4)], [labels, none])
+    assert torch.equal(both, mask_aware_loss(scores[:1], [iou], [labels]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_scores_give_a_float32_loss_also_under_autocast(kind: str) -> None:
+    scores = torch.rand(1, 4, 3).bfloat16()
+    iou, labels = [torch.rand(2, 4)], [torch.tensor([0, 2])]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = mask_aware_loss(scores, iou, labels, kind)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, mask_aware_loss(scores.float(), iou, labels, kind))
+
+
+SCORES = torch.full((1, 4, 3), 1 / 3)
+IOU = torch.full((2, 4), 0.5)
+LABELS = torch.tensor([0, 2])
+
+
+@pytest.mark.parametrize(
+    ("scores", "iou", "labels", "kind", "message"),
+    [
+        (SCORES, [IOU], [LABELS], "huber", "unknown kind 'huber'.*smooth_l1, l1, l2, kl"),
+        (SCORES, [IOU, IOU], [LABELS], "l1", "one entry per image.*'iou': 2"),
+        (SCORES[:0], [], [], "l1", "at least one image"),
+        (SCORES[0], [IOU] * 4, [LABELS] * 4, "l1", r"image 0: expected scores \(N, C\)"),
+        (SCORES, [IOU.T], [LABELS], "l1", r"image 0: .*\(4, 2\)"),
+        (SCORES, [IOU], [LABELS[:1]], "l1", r"image 0: .*\(2, 4\) and \(1,\)"),
+        (SCORES, [IOU], [LABELS + 1], "l1", r"labels\[0\] must lie in 0..2, got \[1, 3\]"),
+        (SCORES, [IOU], [LABELS - 1], "l1", r"labels\[0\] must lie in 0..2, got \[-1, 1\]"),
+        (SCORES * 30, [IOU], [LABELS], "l1", r"scores\[0\] must lie in \[0, 1\].*softmax"),
+        (SCORES * torch.nan, [IOU], [LABELS], "kl", r"scores\[0\] must lie in \[0, 1\].*nan"),
+        (SCORES, [IOU * 4], [LABELS], "l1", r"iou\[0\] must lie in \[0, 1\], got values from 2 to 2"),
+    ],
+)
+def test_mask_aware_loss_refuses(
+    scores: Tensor, iou: list[Tensor], labels: list[Tensor], kind: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        mask_aware_loss(scores, iou, labels, kind)
+
+
+@pytest.mark.parametrize("labels", [LABELS.float(), LABELS.bool(), [0, 2]])
+def test_labels_must_be_integer_tensors(labels: Tensor) -> None:
+    with pytest.raises(TypeError, match=r"labels\[0\] must be a tensor of integer class indices"):
+        mask_aware_loss(SCORES, [IOU], [labels])
+
+
+def test_distillation_equals_numpy_and_leaves_the_teacher_alone() -> None:
+    student, teacher = torch.rand(3, 5, requires_grad=True), torch.rand(3, 5, requires_grad=True)
+    loss = self_distillation_loss(student, teacher)
+    pairs = zip(student.flatten().tolist(), teacher.flatten().tolist(), strict=True)
+    assert loss.item() == pytest.approx(np.mean([numpy_distance("smooth_l1", x, y) for x, y in pairs]))
+    loss.backward()
+    assert teacher.grad is None
+    torch.testing.assert_close(student.grad, (student - teacher).detach() / 15)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        (torch.rand(2, 3), torch.rand(2, 4), r"\(2, 3\) and \(2, 4\)"),
+        (torch.rand(3), torch.rand(3), r"\(B, C\)"),
+        (torch.rand(0, 3), torch.rand(0, 3), "non-empty"),
+        (torch.rand(2, 3) + 1.5, torch.rand(2, 3), "student_scores must lie.*softmax"),
+        (torch.rand(2, 3), torch.rand(2, 3) - 1.5, "teacher_scores must lie.*softmax"),
+    ],
+)
+def test_distillation_refuses(student: Tensor, teacher: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        self_distillation_loss(student, teacher)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_module_combines_the_functions(kind: str) -> None:
+    scores, masks, targets, labels = ragged_batch()
+    student, teacher = torch.rand(4, 6), torch.rand(4, 6)
+    losses = MAFTLoss(kind, distillation_weight=0.5)(scores, masks, targets, labels, student, teacher)
+    iou = [min_max_normalize(mask_iou(m, t)) for m, t in zip(masks, targets, strict=True)]
+    assert list(losses) == ["mask_aware", "self_distillation"]
+    assert torch.equal(losses["mask_aware"], mask_aware_loss(scores, iou, labels, kind))
+    assert torch.equal(losses["self_distillation"], 0.5 * self_distillation_loss(student, teacher))
+
+
+def test_module_sends_no_gradient_into_the_masks() -> None:
+    scores, masks, targets, labels = ragged_batch()
+    logits = [score.log().requires_grad_() for score in scores]
+    masks = [mask.requires_grad_() for mask in masks]
+    losses = MAFTLoss(distillation_weight=0)([x.softmax(-1) for x in logits], masks, targets, labels)
+    losses["mask_aware"].backward()
+    assert all(mask.grad is None for mask in masks)
+    # the second image has no classes
+    assert [bool(x.grad is not None and x.grad.any()) for x in logits] == [True, False, True, True]
+
+
+def test_module_without_distillation_needs_no_teacher() -> None:
+    losses = MAFTLoss(distillation_weight=0)(*ragged_batch())
+    assert losses["self_distillation"].item() == 0
+
+
+def test_module_refuses() -> None:
+    scores, masks, targets, labels = ragged_batch()
+    with pytest.raises(ValueError, match=r"pass student_scores and teacher_scores \(B, C\), or set"):
+        MAFTLoss()(scores, masks, targets, labels, student_scores=torch.rand(4, 6))
+    with pytest.raises(ValueError, match="'masks': 3"):
+        MAFTLoss(distillation_weight=0)(scores, masks[:3], targets, labels)
+    with pytest.raises(ValueError, match="unknown kind 'mse'"):
+        MAFTLoss("mse")
+    for weight in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="distillation_weight must be finite"):
+            MAFTLoss(distillation_weight=weight)
