@@ -94,9 +94,7 @@ def is_mask_aware(module: nn.Module) -> bool:
 @overload
 def encode_masks(clip_model: Any, images: Tensor, masks: Tensor, normalize: bool = False) -> Tensor: ...
 @overload
-def encode_masks(
-    clip_model: Any, images: Tensor, masks: Sequence[Tensor], normalize: bool = False
-) -> list[Tensor]: ...
+def encode_masks(clip_model: Any, images: Tensor, masks: Sequence[Tensor], normalize: bool = False) -> list[Tensor]: ...
 def encode_masks(
     clip_model: Any, images: Tensor, masks: Tensor | Sequence[Tensor], normalize: bool = False
 ) -> Tensor | list[Tensor]:

@@ -63,9 +63,7 @@ def proposal_block(block: Any, x: Tensor, bias: Tensor, last: bool = False) -> T
     attn, width = block.attn, x.shape[-1]
     ls_1, ls_2 = getattr(block, "ls_1", _identity), getattr(block, "ls_2", _identity)
     queries = bias.shape[-2] if last else x.shape[1]
-    q_bias, kv_bias = (
-        (None, None) if attn.in_proj_bias is None else attn.in_proj_bias.split([width, 2 * width])
-    )
+    q_bias, kv_bias = (None, None) if attn.in_proj_bias is None else attn.in_proj_bias.split([width, 2 * width])
 
     y = block.ln_1(x)  # (B, N+P, width)
     q = F.linear(y[:, :queries], attn.in_proj_weight[:width], q_bias)  # (B, Q, width)

@@ -20,9 +20,7 @@ __all__ = ["MergeMode", "encode_crops", "merge"]
 MergeMode = Literal["mask", "crop", "mask_crop"]
 
 
-def merge(
-    images: Tensor, masks: Tensor, mode: MergeMode = "mask_crop", size: int | tuple[int, int] = 224
-) -> Tensor:
+def merge(images: Tensor, masks: Tensor, mode: MergeMode = "mask_crop", size: int | tuple[int, int] = 224) -> Tensor:
     """Make one sub-image of every proposal.
 
     - ``"mask"``: the whole picture, everything outside the mask filled;
@@ -144,9 +142,7 @@ def encode_crops(
     return encoded.view(batch, num_proposals, encoded.shape[1]), valid.view(batch, num_proposals)
 
 
-def _sub_images(
-    images: Tensor, inside: Tensor, image_index: Tensor, mode: MergeMode, size: tuple[int, int]
-) -> Tensor:
+def _sub_images(images: Tensor, inside: Tensor, image_index: Tensor, mode: MergeMode, size: tuple[int, int]) -> Tensor:
     """(B, 3, H, W) images, (K, H, W) bool masks and the image (K,) of each -> (K, 3, h, w) sub-images."""
     count, height, width = inside.shape
     valid = inside.flatten(1).any(dim=1)  # (K,)

@@ -167,9 +167,7 @@ def ensemble(
     if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
         raise TypeError(f"seen must be a bool tensor of shape (C,), got {_describe(seen)}")
     if seen.shape != clip_scores.shape[-1:]:
-        raise ValueError(
-            f"seen must be one flag per class, ({clip_scores.shape[-1]},), got {tuple(seen.shape)}"
-        )
+        raise ValueError(f"seen must be one flag per class, ({clip_scores.shape[-1]},), got {tuple(seen.shape)}")
     if not 0 <= weight <= 1:
         raise ValueError(f"weight (λ) must lie in [0, 1], got {weight}")
     if unseen not in ("paper", "released"):
@@ -288,9 +286,7 @@ def _check_probabilities(name: str, scores: Tensor) -> None:
     _check_float_tensor(name, scores)
     # A softmax in half precision may exceed 1 by rounding.
     if not ((scores >= 0) & (scores <= 1.001)).all():
-        raise ValueError(
-            f"{name} must be in [0, 1] without NaN; if these are logits, call .softmax(-1) first"
-        )
+        raise ValueError(f"{name} must be in [0, 1] without NaN; if these are logits, call .softmax(-1) first")
 
 
 def _checked_class_names(class_names: Sequence[str | Sequence[str]]) -> list[tuple[str, ...]]:

@@ -55,8 +55,13 @@ def masks_on_grid(masks: Tensor, grid: tuple[int, int]) -> Tensor:
     """
     if masks.shape[1] == 0:
         return masks.new_zeros((masks.shape[0], 0, *grid), dtype=torch.bool)
-    floats = masks.float() if masks.dtype == torch.bool else masks
-    return F.interpolate(floats, size=grid, mode="bilinear", align_corners=False) >= 0.5  # (B, N, h, w)
+    # One channel at a time torch resizes without a copy, and in portions bool masks never exist as floats all at once;
+    # otherwise this step would need more memory than the whole encoder.
+    inside = [
+        F.interpolate(part if part.is_floating_point() else part.float(), grid, mode="bilinear") >= 0.5
+        for part in masks.flatten(0, 1)[:, None].split(16)  # (16, 1, H, W)
+    ]
+    return torch.cat(inside).view(*masks.shape[:2], *grid)  # (B, N, h, w)
 
 
 def attention_bias(masks: Tensor, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:

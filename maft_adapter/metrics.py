@@ -43,8 +43,10 @@ class SegmentationMetrics:
 
     def __init__(self, num_classes: int, unseen: Sequence[int], ignore_index: int = 255) -> None:
         if num_classes < 1 or 0 <= ignore_index < num_classes:
-            raise ValueError("expected num_classes >= 1 and ignore_index outside 0..num_classes-1, got "
-                             f"num_classes={num_classes} and ignore_index={ignore_index}")
+            raise ValueError(
+                "expected num_classes >= 1 and ignore_index outside 0..num_classes-1, got "
+                f"num_classes={num_classes} and ignore_index={ignore_index}"
+            )
         indices = [index(c) for c in unseen]
         if len(set(indices)) < len(indices) or not all(0 <= c < num_classes for c in indices):
             raise ValueError(f"unseen must be distinct class indices in 0..{num_classes - 1}, got {indices}")
@@ -71,14 +73,18 @@ class SegmentationMetrics:
                 given = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
                 raise TypeError(f"{name} must be an integer tensor of class indices, got {given}")
         if prediction.ndim != 3 or prediction.shape != target.shape:
-            raise ValueError("expected prediction and target of one shape (B, H, W), got "
-                             f"{tuple(prediction.shape)} and {tuple(target.shape)}")
+            raise ValueError(
+                "expected prediction and target of one shape (B, H, W), got "
+                f"{tuple(prediction.shape)} and {tuple(target.shape)}"
+            )
         prediction, target = prediction.long(), target.long()
         for name, labels in (("prediction", prediction), ("target", target)):
             bad = labels[((labels < 0) | (labels >= self.num_classes)) & (labels != self.ignore_index)]
             if len(bad):
-                raise ValueError(f"{name} must lie in 0..{self.num_classes - 1} or be {self.ignore_index} "
-                                 f"(ignore_index), got {bad.unique().tolist()[:8]}")
+                raise ValueError(
+                    f"{name} must lie in 0..{self.num_classes - 1} or be {self.ignore_index} "
+                    f"(ignore_index), got {bad.unique().tolist()[:8]}"
+                )
         prediction = prediction.masked_fill(prediction == self.ignore_index, self.num_classes)
         device = self.confusion.device
         self.confusion.update(prediction.to(device), target.to(device))

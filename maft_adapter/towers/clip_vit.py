@@ -82,9 +82,7 @@ class _MaskAwareTower(MaskAwareTower):
             return super().forward(x) if grid == native_grid(self) else self._resized(x, grid)  # type: ignore[misc]
         check_masks(masks, batch=x.shape[0])
         if self.training and getattr(getattr(self, "patch_dropout", None), "prob", 0):
-            raise ValueError(
-                "patch_dropout would drop patches under the masks; call .eval() or set its prob to 0"
-            )
+            raise ValueError("patch_dropout would drop patches under the masks; call .eval() or set its prob to 0")
         shared = self._plain(self._embed(x, grid), stop=self.start_layer)  # (B, 1+hw, width)
         bias = attention_bias(masks, grid, shared.dtype)  # (B, 1, N, hw)
         copies = shared[:, :1].expand(-1, masks.shape[1], -1)  # (B, N, width)
