@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import PolynomialLR
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from tqdm import tqdm
 
@@ -58,7 +59,9 @@ def finetune(
     """Fine-tune the mask-aware tower of a CLIP model with L_ma + lambda * L_dis; the defaults are the paper's.
 
     Paper Sec. 5.1: AdamW, lr and weight decay 1e-5, batch 16, images of 480x480; 100 iterations for Pascal-VOC, 1000
-    for COCO-Stuff, 5000 for ADE20K. More iterations go on raising seen classes and lower unseen ones (Table 4c).
+    for COCO-Stuff, 5000 for ADE20K. More iterations go on raising seen classes and lower unseen ones (Table 4c). The
+    released configuration adds a polynomial decay of the learning rate to 0 (power 0.9) and clips the gradient's norm
+    at 0.01; so does this.
     On the CPU a repeat with the same seed is equal to the bit.
 
     Args:
@@ -69,7 +72,7 @@ def finetune(
         text: (C, D) unit-length text embeddings of the seen classes, see `maft_adapter.classify.text_classifier`.
         iterations: optimizer steps.
         batch_size: images a step, drawn in random order, every image once before any comes again.
-        lr: learning rate, constant.
+        lr: learning rate of the first step.
         weight_decay: of AdamW, on every trained parameter.
         freeze: what stays frozen, see `trainable_parameters`.
         loss: defaults to `MAFTLoss()`: SmoothL1, lambda = 1.
@@ -112,7 +115,9 @@ def finetune(
     text = text.to(device)
     distil = loss.distillation_weight > 0
     teacher = copy.deepcopy(visual).requires_grad_(False).eval() if distil and teacher_scores is None else None
-    optimizer = torch.optim.AdamW(trainable_parameters(visual, freeze), lr=lr, weight_decay=weight_decay)
+    parameters = trainable_parameters(visual, freeze)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    schedule = PolynomialLR(optimizer, total_iters=iterations, power=0.9)
     batches = _batches(samples, batch_size, iterations, seed, num_workers)
     history: list[dict[str, float]] = []
     was_training = clip_model.training
@@ -142,7 +147,9 @@ def finetune(
             total = sum(terms.values())
             optimizer.zero_grad(set_to_none=True)
             total.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 0.01)
             optimizer.step()
+            schedule.step()
             history.append({name: term.item() for name, term in terms.items()})
             bar.set_postfix({name: f"{value:.4f}" for name, value in history[-1].items()})
             if on_iteration is not None:
