@@ -1,0 +1,264 @@
+"""Pictures of proposals and label maps as matplotlib figures, for any dataset.
+
+Nothing here touches pyplot or its global state: every figure is an object of its own, with `savefig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["PALETTE", "colorize", "label_maps", "overlay", "typical_proposals"]
+
+# Paul Tol's "muted" scheme: nine colours that stay apart under every form of colour blindness. Further ones
+# would not, which is why pictures with more classes show the rest as `OTHER`.
+PALETTE = (
+    (136, 204, 238),
+    (204, 102, 119),
+    (221, 204, 119),
+    (17, 119, 51),
+    (51, 34, 136),
+    (170, 68, 153),
+    (68, 170, 153),
+    (153, 153, 51),
+    (136, 34, 85),
+)
+OTHER = (214, 214, 214)
+UNLABELLED = (255, 255, 255)
+_CORRECT, _WRONG = "#117733", "#b9bec6"
+
+
+def overlay(
+    image: ArrayLike, mask: ArrayLike, color: tuple[int, int, int] = (0, 215, 90), fade: float = 0.72
+) -> NDArray[np.uint8]:
+    """Show one proposal: the region keeps its colours, the rest fades, the border is drawn.
+
+    Args:
+        image: (H, W, 3) uint8 RGB in [0, 255].
+        mask: (H, W) bool or in [0, 1], inside from 0.5 on.
+        color: RGB in [0, 255] of the border, the outermost pixels of the region.
+        fade: in [0, 1], how much of the rest turns white.
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        ValueError: another shape or dtype, or masks outside [0, 1].
+
+    Example:
+        >>> mask = np.zeros((8, 8), bool)
+        >>> mask[2:7, 2:7] = True
+        >>> picture = overlay(np.zeros((8, 8, 3), np.uint8), mask)
+        >>> picture[0, 0].tolist(), picture[2, 2].tolist(), picture[4, 4].tolist()
+        ([183, 183, 183], [0, 215, 90], [0, 0, 0])
+    """
+    picture, region = _check_image(image), np.asarray(mask)
+    if region.shape != picture.shape[:2]:
+        raise ValueError(f"mask is {region.shape}, expected the image's {picture.shape[:2]}: resize one of them")
+    if not ((region >= 0) & (region <= 1)).all():
+        raise ValueError("mask must lie in [0, 1]: turn logits into probabilities with a sigmoid")
+    inside = region >= 0.5
+    padded = np.pad(inside, 1, mode="edge")
+    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    out = np.where(inside[..., None], picture, picture * (1 - fade) + 255 * fade)
+    out[inside & ~inner] = color
+    return out.astype(np.uint8)
+
+
+def colorize(
+    label_map: ArrayLike,
+    palette: Mapping[int, tuple[int, int, int]],
+    other: tuple[int, int, int] = OTHER,
+) -> NDArray[np.uint8]:
+    """Colour a label map.
+
+    Args:
+        label_map: (H, W) integers.
+        palette: label -> RGB in [0, 255].
+        other: RGB of the labels that the palette leaves out.
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        ValueError: not two-dimensional, or not of integers.
+
+    Example:
+        >>> colorize([[0, 7]], {7: (136, 204, 238)}).tolist()
+        [[[214, 214, 214], [136, 204, 238]]]
+    """
+    labels = _check_label_map(label_map)
+    out = np.empty((*labels.shape, 3), np.uint8)
+    out[:] = other
+    for label, color in palette.items():
+        out[labels == label] = color
+    return out
+
+
+def label_maps(
+    images: Sequence[ArrayLike],
+    maps: Mapping[str, Sequence[ArrayLike]],
+    class_names: Sequence[str],
+    ignore_index: int = 255,
+) -> Figure:
+    """Pictures beside their label maps, one row a picture, with a legend of what is there.
+
+    Colours hold within a row: the classes of the first map (give the ground truth first) get theirs first,
+    then those of the other maps, by area. Classes beyond the colours of `PALETTE` share one grey.
+
+    Args:
+        images: (H, W, 3) uint8 RGB in [0, 255] each.
+        maps: column title -> one (H, W) integer label map a picture.
+        class_names: C names; labels are indices into them or `ignore_index`, which is left white.
+        ignore_index: unlabelled, or covered by no proposal.
+
+    Raises:
+        ValueError: no pictures or maps, columns of different lengths, shapes that don't match, other labels.
+
+    Example:
+        >>> image, truth = np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), int)
+        >>> label_maps([image], {"truth": [truth]}, ["grass"]).get_axes()[1].get_title()
+        'truth'
+    """
+    lengths = {name: len(column) for name, column in maps.items()}
+    if not images or not maps or set(lengths.values()) != {len(images)}:
+        raise ValueError(f"expected one label map a column for each of {len(images)} >= 1 images, got {lengths}")
+    pictures = [_check_image(image) for image in images]
+    rows = [[_check_label_map(column[i]) for column in maps.values()] for i in range(len(images))]
+    for picture, row in zip(pictures, rows, strict=True):
+        for labels in row:
+            if labels.shape != picture.shape[:2]:
+                raise ValueError(f"a label map is {labels.shape}, its image {picture.shape[:2]}: resize one of them")
+            bad = labels[((labels < 0) | (labels >= len(class_names))) & (labels != ignore_index)]
+            if bad.size:
+                given = np.unique(bad).tolist()
+                raise ValueError(f"labels are 0..{len(class_names) - 1} or {ignore_index}, got {given[:8]}")
+
+    columns = 1 + len(maps)
+    figure = Figure(figsize=(1.95 * columns + 1.7, 1.95 * len(rows) + 0.3), layout="constrained")
+    axes = figure.subplots(len(rows), columns + 1, squeeze=False, width_ratios=[1.0] * columns + [0.85])
+    for cell, title in zip(axes[0], ["image", *maps], strict=False):
+        cell.set_title(title, fontsize=11)
+    for cells, picture, row in zip(axes, pictures, rows, strict=True):
+        palette, legend = _row_palette(row, class_names, ignore_index)
+        shown = [picture, *(colorize(labels, palette) for labels in row)]
+        for cell, content in zip(cells, shown, strict=False):
+            _picture(cell, content)
+        cells[-1].axis("off")
+        cells[-1].legend(
+            handles=legend, loc="center left", frameon=False, fontsize=8.5, borderaxespad=0,
+            handlelength=1.1, handleheight=1.1, labelspacing=0.35,
+        )  # fmt: skip
+    return figure
+
+
+def _row_palette(
+    row: list[NDArray[np.int64]], class_names: Sequence[str], ignore_index: int
+) -> tuple[dict[int, tuple[int, int, int]], list[Patch]]:
+    """Colours of one row's classes and its legend: the first map's classes by area, then the others'."""
+    areas = np.stack([np.bincount(x[x != ignore_index], minlength=len(class_names)) for x in row])  # (M, C)
+    first, total = areas[0], areas.sum(0)
+    order = sorted(np.flatnonzero(total).tolist(), key=lambda k: (first[k] == 0, -first[k], -total[k], k))
+    palette = dict(zip(order, PALETTE, strict=False))
+    named = [(class_names[k], color) for k, color in palette.items()]
+    if len(order) > len(palette):
+        named.append((f"others ({len(order) - len(palette)})", OTHER))
+    if any((labels == ignore_index).any() for labels in row):
+        palette[ignore_index] = UNLABELLED
+        named.append(("none", UNLABELLED))
+    patches = [Patch(fc=[v / 255 for v in color], ec="#888888", lw=0.5, label=name) for name, color in named]
+    return palette, patches
+
+
+def typical_proposals(
+    image: ArrayLike,
+    masks: ArrayLike,
+    scores: Mapping[str, ArrayLike],
+    class_names: Sequence[str],
+    correct: Sequence[Sequence[int]],
+    titles: Sequence[str],
+) -> Figure:
+    """Proposals of one picture and the five best classes of each under each model (paper's Figure 1).
+
+    Bars of correct classes are dark green, the others grey; correct names are also in bold type.
+
+    Args:
+        image: (H, W, 3) uint8 RGB in [0, 255].
+        masks: (N, H, W) bool or in [0, 1], the proposals to show, one row each.
+        scores: model's title -> (N, C) probabilities.
+        class_names: C names.
+        correct: the classes that each of the N proposals contains, as indices into `class_names`.
+        titles: of the N proposals.
+
+    Raises:
+        ValueError: no proposals or no scores, or lengths and shapes that don't match.
+
+    Example:
+        >>> image, masks = np.zeros((8, 8, 3), np.uint8), np.ones((1, 8, 8), bool)
+        >>> figure = typical_proposals(image, masks, {"CLIP": [[0.9, 0.1]]}, ["cat", "dog"], [[0]], ["all"])
+        >>> [label.get_text() for label in figure.get_axes()[1].get_yticklabels()]
+        ['cat', 'dog']
+    """
+    picture, regions = _check_image(image), np.asarray(masks)
+    tables = {name: np.asarray(table) for name, table in scores.items()}
+    n = len(regions)
+    wanted = (n, len(class_names))
+    if not n or not tables or any(table.shape != wanted for table in tables.values()):
+        given = {name: table.shape for name, table in tables.items()}
+        raise ValueError(f"expected scores {wanted} of at least one model and proposal, got {given}")
+    if len(correct) != n or len(titles) != n:
+        raise ValueError(f"expected {n} titles and lists of correct classes, got {len(titles)} and {len(correct)}")
+
+    figure = Figure(figsize=(2.3 + 3.1 * len(tables), 2.15 * n + 0.3), layout="constrained")
+    axes = figure.subplots(n, 1 + len(tables), squeeze=False, width_ratios=[1.0] + [1.25] * len(tables))
+    for i, cells in enumerate(axes):
+        _picture(cells[0], overlay(picture, regions[i]))
+        cells[0].set_title(titles[i], fontsize=10.5)
+        for cell, (name, table) in zip(cells[1:], tables.items(), strict=True):
+            _bars(cell, table[i], class_names, correct[i])
+            if i == 0:
+                cell.set_title(name, fontsize=11)
+    return figure
+
+
+def _bars(cell: Axes, scores: NDArray[np.float64], class_names: Sequence[str], correct: Sequence[int]) -> None:
+    best = np.argsort(-scores, kind="stable")[:5]
+    values = 100 * scores[best]
+    bars = cell.barh(range(len(best)), values, color=[_CORRECT if k in correct else _WRONG for k in best], height=0.7)
+    cell.bar_label(bars, [f"{value:.0f} %" for value in values], padding=3, fontsize=9)
+    cell.set_yticks(range(len(best)), [class_names[k] for k in best], fontsize=9.5)
+    for tick, k in zip(cell.get_yticklabels(), best, strict=True):
+        tick.set_fontweight("bold" if k in correct else "normal")
+    cell.invert_yaxis()
+    cell.set_xlim(0, 122)  # room for "100 %"
+    cell.set_xticks([])
+    cell.tick_params(left=False)
+    cell.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+def _picture(cell: Axes, content: NDArray[np.uint8]) -> None:
+    cell.imshow(content, interpolation="nearest")
+    cell.set_xticks([])
+    cell.set_yticks([])
+    for spine in cell.spines.values():
+        spine.set_color("#888888")
+        spine.set_linewidth(0.6)
+
+
+def _check_image(image: ArrayLike) -> NDArray[np.uint8]:
+    picture = np.asarray(image)
+    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+        raise ValueError(f"an image is (H, W, 3) uint8 RGB in [0, 255], got {picture.shape} {picture.dtype}")
+    return picture
+
+
+def _check_label_map(label_map: ArrayLike) -> NDArray[np.int64]:
+    labels = np.asarray(label_map)
+    if labels.ndim != 2 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"a label map is (H, W) of integers, got {labels.shape} {labels.dtype}")
+    return labels.astype(np.int64)
