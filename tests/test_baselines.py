@@ -80,9 +80,7 @@ def merge_one(image: np.ndarray, mask: np.ndarray, mode: str, size: tuple[int, i
 class TestMerge:
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize("size", [(8, 8), (30, 9), (48, 48)])
-    def test_equals_the_slow_way(
-        self, images: Tensor, masks: Tensor, mode: MergeMode, size: tuple[int, int]
-    ) -> None:
+    def test_equals_the_slow_way(self, images: Tensor, masks: Tensor, mode: MergeMode, size: tuple[int, int]) -> None:
         crops = merge(images, masks, mode, size)
         assert crops.shape == (2, 4, 3, *size)
         for b, n in np.ndindex(2, 4):
@@ -123,9 +121,7 @@ class TestMerge:
         torch.testing.assert_close(one, images[:, :, 39, 23])
 
     @pytest.mark.parametrize("mode", MODES)
-    def test_a_proposal_does_not_depend_on_the_others(
-        self, images: Tensor, masks: Tensor, mode: MergeMode
-    ) -> None:
+    def test_a_proposal_does_not_depend_on_the_others(self, images: Tensor, masks: Tensor, mode: MergeMode) -> None:
         together = merge(images, masks, mode, 16)
         for b, n in np.ndindex(2, 4):
             alone = merge(images[b : b + 1], masks[b : b + 1, n : n + 1], mode, 16)
@@ -201,9 +197,7 @@ class TestEncodeCrops:
                 expected = clip_model.encode_image(crops[b, n : n + 1])[0]  # type: ignore[operator]
                 torch.testing.assert_close(embeddings[b, n], expected, atol=1e-5, rtol=1e-5)
 
-    def test_no_batch_is_larger_than_asked_for(
-        self, clip_model: nn.Module, images: Tensor, masks: Tensor
-    ) -> None:
+    def test_no_batch_is_larger_than_asked_for(self, clip_model: nn.Module, images: Tensor, masks: Tensor) -> None:
         seen: list[tuple[int, ...]] = []
         visual: Any = clip_model.visual
         handle = visual.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
@@ -289,9 +283,7 @@ class TestEncodeCrops:
             assert torch.equal(value, before[name]), name
 
     @pytest.mark.parametrize("batch_size", [0, -1])
-    def test_refuses_batch_size(
-        self, clip_model: nn.Module, images: Tensor, masks: Tensor, batch_size: int
-    ) -> None:
+    def test_refuses_batch_size(self, clip_model: nn.Module, images: Tensor, masks: Tensor, batch_size: int) -> None:
         with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {batch_size}"):
             encode_crops(clip_model, images, masks, batch_size=batch_size)
 

@@ -77,9 +77,7 @@ class TestTextClassifier:
         torch.manual_seed(0)
         half = open_clip.CLIP(
             embed_dim=16,
-            vision_cfg=open_clip.CLIPVisionCfg(
-                layers=1, width=32, head_width=16, patch_size=8, image_size=16
-            ),
+            vision_cfg=open_clip.CLIPVisionCfg(layers=1, width=32, head_width=16, patch_size=8, image_size=16),
             text_cfg=open_clip.CLIPTextCfg(layers=2, width=32, heads=2),
         ).bfloat16()
         text = text_classifier(half, open_clip.tokenize, ["cat", "dog"], TEMPLATES)
@@ -144,9 +142,7 @@ class TestClassScores:
     def test_tensor_logit_scale(self, logit_scale: Tensor) -> None:
         torch.manual_seed(0)
         embeddings, text = torch.randn(2, 5, 8), torch.randn(4, 8)
-        torch.testing.assert_close(
-            class_scores(embeddings, text, logit_scale), class_scores(embeddings, text, 20.0)
-        )
+        torch.testing.assert_close(class_scores(embeddings, text, logit_scale), class_scores(embeddings, text, 20.0))
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision_is_computed_in_float32(self, dtype: torch.dtype) -> None:
@@ -189,9 +185,7 @@ class TestEnsemble:
     @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4)])
     @pytest.mark.parametrize("weight", [0.0, 0.3, 0.7, 1.0])
     @pytest.mark.parametrize("unseen", ["paper", "released"])
-    def test_equals_equation_9_class_by_class(
-        self, shape: tuple[int, ...], weight: float, unseen: Any
-    ) -> None:
+    def test_equals_equation_9_class_by_class(self, shape: tuple[int, ...], weight: float, unseen: Any) -> None:
         a_p, a_c = random_scores(*shape, seed=1), random_scores(*shape, seed=2)
         result = ensemble(a_p, a_c, self.seen, weight, unseen)
 
@@ -316,9 +310,7 @@ class TestLabelMap:
         everywhere = torch.ones(2, 5, 7)
         assert torch.equal(label_map(torch.zeros(0, 3), torch.zeros(0, 5, 7), ignore_index), expected)
         none_valid = torch.tensor([False, False])
-        assert torch.equal(
-            label_map(random_scores(2, 3), everywhere, ignore_index, valid=none_valid), expected
-        )
+        assert torch.equal(label_map(random_scores(2, 3), everywhere, ignore_index, valid=none_valid), expected)
         assert torch.equal(label_map(torch.zeros(2, 3), everywhere, ignore_index), expected)
 
     def test_faint_soft_masks_still_cover(self) -> None:

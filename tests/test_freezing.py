@@ -102,8 +102,7 @@ def test_each_row_freezes_what_it_adds_and_no_more() -> None:
     assert added[0] == {"class_embedding"}
     assert added[1] == {"positional_embedding"}
     assert {re.sub(r"\.\d+\.", ".*.", name) for name in added[2]} == {
-        f"transformer.resblocks.*.mlp.{name}"
-        for name in ("c_fc.weight", "c_fc.bias", "c_proj.weight", "c_proj.bias")
+        f"transformer.resblocks.*.mlp.{name}" for name in ("c_fc.weight", "c_fc.bias", "c_proj.weight", "c_proj.bias")
     }
     assert added[3] == {"conv1.weight"}
     assert added[4] == {"proj"}

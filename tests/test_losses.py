@@ -200,9 +200,7 @@ def test_loss_is_zero_at_the_target_only(kind: str) -> None:
 
 def test_smooth_l1_is_half_of_l2_on_probabilities() -> None:
     scores, iou, labels = torch.rand(1, 9, 3), [torch.rand(3, 9)], [torch.arange(3)]
-    torch.testing.assert_close(
-        2 * mask_aware_loss(scores, iou, labels), mask_aware_loss(scores, iou, labels, "l2")
-    )
+    torch.testing.assert_close(2 * mask_aware_loss(scores, iou, labels), mask_aware_loss(scores, iou, labels, "l2"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -72,9 +72,7 @@ def test_perfect_and_hopeless_predictions() -> None:
     target = torch.tensor([[[0, 1, 2, 3]]])
     metrics = SegmentationMetrics(4, unseen=[1, 3])
     metrics.update(target, target)
-    assert metrics.compute() == {
-        "miou": 100, "miou_seen": 100, "miou_unseen": 100, "hiou": 100, "iou": [100.0] * 4
-    }
+    assert metrics.compute() == {"miou": 100, "miou_seen": 100, "miou_unseen": 100, "hiou": 100, "iou": [100.0] * 4}
     metrics.reset()
     metrics.update(3 - target, target)
     assert metrics.compute() == {"miou": 0, "miou_seen": 0, "miou_unseen": 0, "hiou": 0, "iou": [0.0] * 4}

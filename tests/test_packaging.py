@@ -33,14 +33,10 @@ def distribution() -> importlib.metadata.Distribution:
 @needs_checkout
 def test_wheel_built_from_the_sdist_has_every_file_of_the_package(tmp_path: Path) -> None:
     source = tmp_path / "source"
-    shutil.copytree(
-        CHECKOUT / "maft_adapter", source / "maft_adapter", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    shutil.copytree(CHECKOUT / "maft_adapter", source / "maft_adapter", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(CHECKOUT / name, source)
-    expected = {
-        path.relative_to(source).as_posix() for path in (source / "maft_adapter").rglob("*") if path.is_file()
-    }
+    expected = {path.relative_to(source).as_posix() for path in (source / "maft_adapter").rglob("*") if path.is_file()}
 
     # build's default way: an sdist from the source, then a wheel from the sdist
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist", "source"]

@@ -43,4 +43,4 @@ def test_other_input_is_refused():
     with pytest.raises(ValueError, match=r"\(H, W, 3\) uint8 RGB, got \(3, 8, 8\) uint8"):
         propose_masks(np.zeros((3, 8, 8), np.uint8))
     with pytest.raises(ValueError, match="float64"):
-        propose_masks(np.zeros((8, 8, 3)))
+        propose_masks(np.zeros((8, 8, 3)))  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def render_pool(first: int, count: int) -> tuple[NDArray[np.uint8], list[tuple[i
     return np.stack([image for image, _ in rows]), [present for _, present in rows]
 
 
-def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, named: list[tuple[int, ...]]) -> Tensor:
+def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, named: Sequence[tuple[int, ...]]) -> Tensor:
     """CLIP's loss over a batch; rows whose captions name the same classes share the target.
 
     Args:
