@@ -56,10 +56,11 @@ def masks_on_grid(masks: Tensor, grid: tuple[int, int]) -> Tensor:
     if masks.shape[1] == 0:
         return masks.new_zeros((masks.shape[0], 0, *grid), dtype=torch.bool)
     # One channel at a time torch resizes without a copy, and in portions bool masks never exist as floats all at once;
-    # otherwise this step would need more memory than the whole encoder.
+    # otherwise this step would need more memory than the whole encoder. A compiled graph has to hold for any N.
+    single = masks.flatten(0, 1)[:, None]  # (B*N, 1, H, W)
     inside = [
         F.interpolate(part if part.is_floating_point() else part.float(), grid, mode="bilinear") >= 0.5
-        for part in masks.flatten(0, 1)[:, None].split(16)  # (16, 1, H, W)
+        for part in ((single,) if torch.compiler.is_compiling() else single.split(16))
     ]
     return torch.cat(inside).view(*masks.shape[:2], *grid)  # (B, N, h, w)
 

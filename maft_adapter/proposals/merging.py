@@ -38,8 +38,9 @@ def propose_masks(
     Example:
         >>> image = np.zeros((32, 32, 3), np.uint8)
         >>> image[:, 16:] = 255
-        >>> propose_masks(image).shape
-        (3, 32, 32)
+        >>> masks = propose_masks(image)
+        >>> masks.dtype, masks.shape[1:]
+        (dtype('bool'), (32, 32))
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"image is (H, W, 3) uint8 RGB, got {image.shape} {image.dtype}")

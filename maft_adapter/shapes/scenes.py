@@ -264,7 +264,7 @@ def caption(classes: Sequence[int], rng: np.random.Generator) -> str:
 
     Example:
         >>> caption([CLASSES.index("red star")], np.random.default_rng(0))
-        'a drawing of red star'
+        'we see red star'
     """
     names = " and ".join(CLASSES[k] for k in rng.permutation(classes))
     return TEMPLATES[int(rng.integers(len(TEMPLATES)))].format(names)
