@@ -169,3 +169,19 @@ def test_ground_truth_ignores_what_is_no_class():
     assert labels.tolist() == [3]
     assert targets.tolist() == [[[False, True], [True, False]]]
     assert ground_truth(torch.full((2, 2), 255), num_classes=4)[0].shape == (0, 2, 2)
+
+
+def test_every_step_has_the_released_decay_and_clipping(clip, samples, monkeypatch):
+    steps = []
+
+    class Spy(torch.optim.AdamW):
+        def step(self, *args, **kwargs):
+            group = self.param_groups[0]
+            norms = [p.grad.norm() for p in group["params"] if p.grad is not None]
+            steps.append((group["lr"], float(torch.stack(norms).norm())))
+            return super().step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    run(clip, samples, iterations=4, lr=1e-3)
+    assert [lr for lr, _ in steps] == pytest.approx([1e-3 * (1 - i / 4) ** 0.9 for i in range(4)])
+    assert max(norm for _, norm in steps) == pytest.approx(0.01, rel=1e-3)
