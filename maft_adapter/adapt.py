@@ -9,13 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .masks import check_masks, masks_on_grid, pad_masks
+from .masks import check_masks, pad_masks
 from .towers import FAMILIES, MaskAware, MaskAwareTower, restore_class
+from .towers.sizes import INTERPOLATIONS
 
 Tower = TypeVar("Tower", bound=nn.Module)
 
 
-def make_mask_aware(visual: Tower, start_layer: int = 8) -> Tower:
+def make_mask_aware(
+    visual: Tower, start_layer: int = 8, *, interpolation: str = "maft", threshold: float = 0.5
+) -> Tower:
     """Turn a CLIP image tower into the paper's IP-CLIP encoder (Sec. 4.1), in place, without new parameters.
 
     Returns the same object. Afterwards:
@@ -23,21 +26,29 @@ def make_mask_aware(visual: Tower, start_layer: int = 8) -> Tower:
     - `visual(images)` is bit-identical to before, and images of other sizes work, too.
     - `visual(images, masks)` gives one embedding a proposal, (B, N, D).
     - `visual(images, masks, with_image=True)` gives the proposals' embeddings (B, N, D) and the plain image
-      embedding (B, D), and runs the blocks before `start_layer` once for both.
+      embedding (B, D), and runs what both share once.
 
-    Images are (B, 3, H, W) as the tower always took them, of any H x W that the patch size divides (the
-    position embedding is interpolated as the authors do: bicubic, align_corners=True). Masks are
-    (B, N, H', W') bool or float in [0, 1], N >= 0, over the same picture at any resolution.
-    A second call only changes `start_layer`.
+    Images are (B, 3, H, W) as the tower always took them, of any H x W that its patch or stride divides. Masks are
+    (B, N, H', W') bool or float in [0, 1], N >= 0, over the same picture at any resolution. How a mask enters
+    depends on the tower's family: class token (the paper's Sec. 4.1), learned query, attention pool (Sec. 5.5) or
+    average; see the modules of `maft_adapter.towers`. A second call only changes the settings.
 
     Args:
-        visual: `clip.visual`, a ViT with a class token: open_clip's `VisionTransformer` or OpenAI's layout.
-        start_layer: L in 0..depth: blocks before it run as they always did, and from block L on class token n
-            sees itself and the patches of mask n. 8 of 12 for ViT-B (Table 4e), 16 of 24 for ViT-L.
+        visual: `clip.visual` of an open_clip or OpenAI CLIP, or transformers' `CLIPVisionModel`,
+            `CLIPVisionModelWithProjection` or `SiglipVisionModel`.
+        start_layer: L in 0..depth, for towers with a class token: blocks before it run as they always did, and from
+            block L on class token n sees itself and the patches of mask n. 8 of 12 for ViT-B (Table 4e), 16 of 24
+            for ViT-L.
+        interpolation: of the position embedding, for images of another size than the tower's own. "maft" (bicubic,
+            align_corners=True) is the authors' and the default, because their checkpoints and the paper's numbers
+            need it; "open_clip" (antialias, align_corners=False) is what open_clip and timm do when they load
+            weights for another size, for towers trained or fine-tuned that way.
+        threshold: in (0, 1]: share of a token's cell from which on the mask contains it. Towers that average weigh
+            every cell by its share instead and have none.
 
     Raises:
         TypeError: not an image tower (a whole CLIP, a compiled, scripted or distributed wrapper).
-        ValueError: an unsupported tower or `start_layer`; nothing has been changed then.
+        ValueError: an unsupported tower or setting; nothing has been changed then.
 
     Example:
         >>> import open_clip
@@ -48,17 +59,30 @@ def make_mask_aware(visual: Tower, start_layer: int = 8) -> Tower:
         torch.Size([1, 5, 512])
     """
     _refuse_wrappers(visual)
+    name = type(visual).__name__
     family = next((family for family in FAMILIES if family.recognise(visual)), None)
     if family is None:
-        name, supported = (
-            type(visual).__name__,
-            "open_clip's VisionTransformer and OpenAI's (class token) are",
+        raise ValueError(
+            f"{name} is not supported: it has no class token, learned query, attention pool or average over a feature "
+            "map that is known here"
         )
-        raise ValueError(f"{name} is not supported yet; {supported}")
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation is {interpolation!r}, expected one of {', '.join(INTERPOLATIONS)}")
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold is {threshold!r}, expected a number in (0, 1]")
+    settings = {"start_layer": start_layer, "interpolation": interpolation, "threshold": threshold}
+    for setting, default in (("start_layer", 8), ("threshold", 0.5)):
+        if setting not in family.SETTINGS and settings[setting] != default:
+            value = settings[setting]
+            raise ValueError(f"{setting} is {value!r} but means nothing to {name}, which {family.POOLS}: leave it out")
     family.check(visual, start_layer)
     if is_mask_aware(visual):
         restore(visual)
     family.patch(visual, start_layer)
+    for module in visual.modules():
+        if isinstance(module, MaskAware):
+            for setting in module.settings:
+                setattr(module, setting, settings[setting])
     return visual
 
 
@@ -171,7 +195,7 @@ def valid_masks(visual: Any, images: Tensor, masks: Tensor) -> Tensor:
     if not is_mask_aware(visual):
         raise TypeError(f"{type(visual).__name__} is not mask-aware; call make_mask_aware on it first")
     check_masks(masks, batch=len(images))
-    return masks_on_grid(masks, visual.token_grid(images)).flatten(2).any(-1)
+    return visual.valid_masks(masks, visual.token_grid(images))
 
 
 def _tower(clip_model: Any) -> Any:

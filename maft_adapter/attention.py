@@ -75,21 +75,53 @@ def proposal_block(block: Any, x: Tensor, bias: Tensor, last: bool = False) -> T
     return x + ls_2(block.mlp(block.ln_2(x)))
 
 
+def dense_bias(bias: Tensor) -> Tensor:
+    """The bias B of Eq. 2 written out for every pair of tokens, for blocks that take such a mask.
+
+    Args:
+        bias: (B, 1, N, P), see `proposal_attention`.
+
+    Returns:
+        (B, 1, N+P, N+P): class tokens see themselves and their patches, patches see patches (Eq. 4).
+    """
+    n, p = bias.shape[-2:]
+    full = bias.new_full((bias.shape[0], 1, n + p, n + p), float("-inf"))
+    full[:, :, :n, :n].diagonal(dim1=2, dim2=3).fill_(0)  # I(N, N)
+    full[:, :, :n, n:] = bias  # Flat(M)
+    full[:, :, n:, n:] = 0  # Eq. 4
+    return full
+
+
+def query_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Multi-head attention of one query, asked once for every proposal, as pools with a single query need it.
+
+    Args:
+        q: (B, heads, 1, d) the query.
+        k, v: (B, heads, P, d) keys and values.
+        bias: (B, 1, N, P) added to the logits; no row may be -inf throughout.
+
+    Returns:
+        (B, N, heads * d).
+
+    Example:
+        >>> q, k = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 4, 8)
+        >>> query_attention(q, k, k, torch.zeros(1, 1, 3, 4)).shape
+        torch.Size([1, 3, 16])
+    """
+    q = q.expand(-1, -1, bias.shape[2], -1)  # (B, heads, N, d)
+    return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=bias), "b h n d -> b n (h d)")
+
+
 def dense_block(block: Any, x: Tensor, bias: Tensor) -> Tensor:
-    """The same block with the bias B of Eq. 2 written out for every pair of tokens and every head.
+    """`proposal_block` with the bias of every pair of tokens and head written out.
 
     Args and returns as `proposal_block` with `last=False`.
     """
-    n, p = bias.shape[-2:]
-    full = x.new_full((x.shape[0], n + p, n + p), float("-inf"))
-    full[:, :n, :n].diagonal(dim1=1, dim2=2).fill_(0)  # I(N, N)
-    full[:, :n, n:] = bias[:, 0]  # Flat(M)
-    full[:, n:, n:] = 0  # Eq. 4
     attn = block.attn
     ls_1, ls_2 = getattr(block, "ls_1", _identity), getattr(block, "ls_2", _identity)
     qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)  # (B, N+P, 3 * width)
     q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=attn.num_heads)
-    full = full[:, None].expand(-1, attn.num_heads, -1, -1)  # (B, heads, N+P, N+P)
+    full = dense_bias(bias).expand(-1, attn.num_heads, -1, -1)  # (B, heads, N+P, N+P)
     out = rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=full), "b h t d -> b t (h d)")
     x = x + ls_1(attn.out_proj(out))
     return x + ls_2(block.mlp(block.ln_2(x)))

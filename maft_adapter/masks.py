@@ -37,12 +37,13 @@ def check_unit_range(name: str, values: Tensor, cure: str) -> None:
             raise ValueError(f"{name} must lie in [0, 1], got values from {low:.4g} to {high:.4g}: {cure}")
 
 
-def masks_on_grid(masks: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Which patches each proposal contains, the authors' way: bilinear, align_corners=False, then >= 0.5.
+def masks_on_grid(masks: Tensor, grid: tuple[int, int], threshold: float = 0.5) -> Tensor:
+    """Which patches each proposal contains, the authors' way: bilinear, align_corners=False, then >= threshold.
 
     Args:
         masks: (B, N, H, W) bool or float in [0, 1], 1 = inside, any H x W over the same picture as the image.
         grid: height and width of the token grid (h, w).
+        threshold: in (0, 1].
 
     Returns:
         (B, N, h, w) bool. A small mask may vanish, which `valid_masks` reports.
@@ -59,17 +60,17 @@ def masks_on_grid(masks: Tensor, grid: tuple[int, int]) -> Tensor:
     # otherwise this step would need more memory than the whole encoder. A compiled graph has to hold for any N.
     single = masks.flatten(0, 1)[:, None]  # (B*N, 1, H, W)
     inside = [
-        F.interpolate(part if part.is_floating_point() else part.float(), grid, mode="bilinear") >= 0.5
+        F.interpolate(part if part.is_floating_point() else part.float(), grid, mode="bilinear") >= threshold
         for part in ((single,) if torch.compiler.is_compiling() else single.split(16))
     ]
     return torch.cat(inside).view(*masks.shape[:2], *grid)  # (B, N, h, w)
 
 
-def attention_bias(masks: Tensor, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def attention_bias(masks: Tensor, grid: tuple[int, int], dtype: torch.dtype, threshold: float = 0.5) -> Tensor:
     """Flat(M) of Eq. 2 as an additive bias, one for all heads and blocks.
 
     Args:
-        masks, grid: as `masks_on_grid` takes them.
+        masks, grid, threshold: as `masks_on_grid` takes them.
         dtype: of the attention logits.
 
     Returns:
@@ -79,9 +80,30 @@ def attention_bias(masks: Tensor, grid: tuple[int, int], dtype: torch.dtype) -> 
         >>> attention_bias(torch.ones(1, 3, 8, 8), (2, 2), torch.float32).shape
         torch.Size([1, 1, 3, 4])
     """
-    inside = masks_on_grid(masks, grid).flatten(2)[:, None]  # (B, 1, N, h*w)
+    inside = masks_on_grid(masks, grid, threshold).flatten(2)[:, None]  # (B, 1, N, h*w)
     bias = torch.zeros(inside.shape, dtype=dtype, device=masks.device)
     return bias.masked_fill(~inside, float("-inf"))
+
+
+def mean_weights(masks: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Weights of a mean over each mask: the share of every cell that lies inside, made to sum to 1.
+
+    Args:
+        masks, grid: as `masks_on_grid` takes them.
+
+    Returns:
+        (B, N, h*w) float32. An empty mask has equal weights: what is left of it is the image as a whole.
+
+    Example:
+        >>> masks = torch.zeros(1, 2, 4, 4)
+        >>> masks[0, 0, :, :3] = 1
+        >>> mean_weights(masks, (1, 2))
+        tensor([[[0.6667, 0.3333],
+                 [0.5000, 0.5000]]])
+    """
+    share = F.adaptive_avg_pool2d(masks.float(), grid).flatten(2)  # (B, N, h*w)
+    total = share.sum(-1, keepdim=True)  # (B, N, 1)
+    return torch.where(total > 0, share / torch.where(total > 0, total, 1), 1 / share.shape[-1])
 
 
 def pad_masks(masks: Sequence[Tensor]) -> Tensor:

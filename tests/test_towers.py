@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from maft_adapter import make_mask_aware, restore
-from maft_adapter.towers import FAMILIES, MaskAware, clip_vit
+from maft_adapter.towers import FAMILIES, MaskAware, class_token, sizes
 
 
 def test_recognised_and_accepted_by_one_family(tower: Any) -> None:
-    assert [family.recognise(tower) for family in FAMILIES] == [True]
+    assert [family for family in FAMILIES if family.recognise(tower)] == [class_token]
     for start_layer in range(4):
-        clip_vit.check(tower, start_layer)
+        class_token.check(tower, start_layer)
 
 
 def test_only_the_tower_and_its_blocks_from_the_start_layer_on_are_swapped(tower: Any) -> None:
@@ -29,13 +29,13 @@ def test_only_the_tower_and_its_blocks_from_the_start_layer_on_are_swapped(tower
 
 def test_native_grid(tower: Any) -> None:
     height, width = getattr(tower, "image_size", (32, 32))
-    assert clip_vit.native_grid(tower) == (height // 8, width // 8)
+    assert sizes.native_grid(tower) == (height // 8, width // 8)
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (7, 7), (3, 9), (1, 1), (30, 30)])
 def test_position_is_interpolated_bicubically_between_the_corners(grid: tuple[int, int]) -> None:
     embedding = torch.randn(1 + 4 * 4, 6, generator=torch.Generator().manual_seed(0))
-    actual = clip_vit.interpolate_position(embedding, (4, 4), grid)
+    actual = sizes.interpolate_position(embedding, (4, 4), grid)
     expected = nn.functional.interpolate(
         embedding[1:].T.reshape(1, 6, 4, 4), size=grid, mode="bicubic", align_corners=True
     )
@@ -48,12 +48,12 @@ def test_position_is_interpolated_bicubically_between_the_corners(grid: tuple[in
 
 def test_position_keeps_its_precision() -> None:
     embedding = torch.randn(1 + 2 * 3, 4, dtype=torch.float64)
-    larger = clip_vit.interpolate_position(embedding, (2, 3), (5, 5))
+    larger = sizes.interpolate_position(embedding, (2, 3), (5, 5))
     assert larger.dtype == torch.float64
     corners = larger[1:].reshape(5, 5, 4)[[0, 0, -1, -1], [0, -1, 0, -1]]
     native = embedding[1:].reshape(2, 3, 4)[[0, 0, -1, -1], [0, -1, 0, -1]]
     torch.testing.assert_close(corners, native, rtol=0, atol=1e-14)
-    half = clip_vit.interpolate_position(embedding.bfloat16(), (2, 3), (5, 5))
+    half = sizes.interpolate_position(embedding.bfloat16(), (2, 3), (5, 5))
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.double(), larger, rtol=0.02, atol=0.02)
 
@@ -136,9 +136,9 @@ def test_what_would_be_left_out_is_refused_by_name(tower: Any, change: Any, mess
         ({"scaled_cosine_attn": True}, "attn (Attention) has logit_scale"),
         ({"scale_attn_inner": True}, "attn (Attention) has ln_inner"),
         ({"scale_attn": True}, "transformer.resblocks.0 (CustomResidualAttentionBlock) has ln_attn"),
-        ({"attentional_pool": True}, "the tower pools its patches"),
-        ({"pool_type": "avg"}, "the tower pools its patches"),
-        ({"pool_type": "none"}, "the tower pools its patches"),
+        ({"pool_type": "none"}, "VisionTransformer is not supported"),
+        ({"attentional_pool": "parallel"}, "the tower (VisionTransformer) has attn_pool_contrastive"),
+        ({"attentional_pool": True, "pool_type": "avg"}, "the tower gives 'avg' of its queries"),
     ],
 )
 def test_open_clip_options_that_compute_something_else_are_refused(
@@ -146,7 +146,7 @@ def test_open_clip_options_that_compute_something_else_are_refused(
 ) -> None:
     tower = build_tower(**options)
     with pytest.raises(ValueError, match=re.escape(message)):
-        make_mask_aware(tower, 1)
+        make_mask_aware(tower, 8 if "attentional_pool" in options else 1)
 
 
 def test_a_compiled_block_is_refused(build_tower: Any) -> None:

@@ -1,4 +1,4 @@
-"""Families of image towers, one module each: `recognise(visual)`, `check(visual, start_layer)`, `patch(...)`.
+"""Families of image towers, one module each: `recognise(visual)`, `check(visual, start_layer)`, `patch(visual)`.
 
 A tower is patched by giving the same object another class, made once per host class and registered nowhere:
 parameters, hooks, optimizers and state_dict keys stay what they were, and undoing it is exact.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..masks import check_masks, masks_on_grid
 
 
 class MaskAware:
@@ -24,11 +26,39 @@ class MaskAware:
 
 
 class MaskAwareTower(MaskAware):
-    """The mixin of whole towers; `forward(x, masks=None, *, with_image=False)` is as in `make_mask_aware`."""
+    """The mixin of whole towers; a family gives `token_grid` and `encode`."""
+
+    interpolation: str
+    threshold: float
+
+    def forward(self, x: Tensor, masks: Tensor | None = None, *, with_image: bool = False, **options: Any) -> Any:
+        """See `maft_adapter.make_mask_aware`; `options` are the host's own and go with images alone."""
+        if masks is None:
+            if with_image:
+                raise ValueError("with_image=True gives mask and image embeddings together and needs masks")
+            return self.plain(x, **options)
+        if options:
+            raise TypeError(f"with masks the tower gives embeddings only and takes no {', '.join(options)}")
+        grid = self.token_grid(x)
+        check_masks(masks, batch=x.shape[0])
+        return self.encode(x, masks, grid, with_image)
+
+    def plain(self, images: Tensor, **options: Any) -> Any:
+        """What the tower gives for images (B, 3, H, W) alone."""
+        self.token_grid(images)
+        return super().forward(images, **options)  # type: ignore[misc]
 
     def token_grid(self, images: Tensor) -> tuple[int, int]:
         """Height and width of the token grid for `images` (B, 3, H, W), or ValueError if they do not fit."""
         raise NotImplementedError
+
+    def encode(self, images: Tensor, masks: Tensor, grid: tuple[int, int], with_image: bool) -> Any:
+        """Embeddings (B, N, D), and the image's (B, D) too if `with_image`; arguments have been checked."""
+        raise NotImplementedError
+
+    def valid_masks(self, masks: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Which of the masks (B, N, H', W') contain anything that the tower can see -> (B, N) bool."""
+        return masks_on_grid(masks, grid, self.threshold).flatten(2).any(-1)
 
 
 @functools.cache
@@ -52,6 +82,26 @@ def restore_class(module: Any) -> None:
     module.__class__ = type(module).__bases__[1]
 
 
-from . import clip_vit  # noqa: E402  (the families build on the mixin above)
+def divide_into_patches(images: Tensor, stride: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the token grid of images (B, 3, H, W), or ValueError that says what is wrong."""
+    if images.ndim != 4 or images.shape[0] == 0 or images.shape[1] != 3:
+        raise ValueError(f"images are (B, 3, H, W) with B >= 1, got {tuple(images.shape)}")
+    (h, w), (height, width) = images.shape[2:], stride
+    if h % height or w % width or not h or not w:
+        raise ValueError(f"images of {h}x{w} do not divide into {height}x{width} patches; resize or pad")
+    return h // height, w // width
 
-FAMILIES = (clip_vit,)
+
+def refuse_unknown(module: Any, known: tuple[str, ...], where: str) -> None:
+    """Raise ValueError, naming them, if `module` has parameters or working children that are not known."""
+    held = {**dict(module.named_children()), **dict(module.named_parameters(recurse=False))}
+    idle = [n for n, x in held.items() if isinstance(x, nn.Identity | nn.Dropout) and not getattr(x, "p", 0)]
+    unknown = ", ".join(name for name in held if name not in (*known, *idle))
+    if unknown:
+        name = type(module).__name__
+        raise ValueError(f"{where} ({name}) has {unknown}, unknown here: patching it would leave that out")
+
+
+from . import attention_pool, average, class_token, learned_query  # noqa: E402  (they build on the mixins above)
+
+FAMILIES = (class_token, learned_query, attention_pool, average)

@@ -1,0 +1,169 @@
+"""Family D, average: the mean over the last feature map becomes a mean over each mask, as in FC-CLIP and MAFT+.
+
+ConvNeXt, FastViT (MobileCLIP), ViTamin, Swin and other timm towers with average pooling inside open_clip's
+`TimmModel`, and open_clip's own ViT with average pooling (CLIPA). The features are the tower's own, and so are the
+norm and head after the mean. Each cell counts by the share of it that lies inside the mask; an empty mask is the
+mean of the whole map, so that it stays finite.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor
+
+from ..masks import mean_weights
+from . import MaskAwareTower, divide_into_patches, refuse_unknown, swap_class
+from .sizes import (
+    OpenClipViT,
+    TimmPatchEmbed,
+    TimmTrunk,
+    check_clip_vit,
+    check_timm_vit,
+    is_clip_vit,
+    refuse_patch_dropout,
+    timm_grid,
+)
+
+SETTINGS = ("interpolation",)
+POOLS = "averages its last feature map"
+
+
+def recognise(visual: Any) -> bool:
+    """Whether `visual` averages its features."""
+    if is_clip_vit(visual):
+        return getattr(visual, "attn_pool", None) is None and getattr(visual, "pool_type", "tok") == "avg"
+    trunk = getattr(visual, "trunk", None)
+    return trunk is not None and _timm_pool(trunk) == "avg"
+
+
+def check(visual: Any, start_layer: int) -> None:
+    """Raise ValueError, naming what is unknown, unless `patch` computes exactly this tower."""
+    if is_clip_vit(visual):
+        check_clip_vit(visual)
+        return
+    trunk = visual.trunk
+    refuse_unknown(visual.head, ("drop", "proj", "mlp"), "head")
+    if getattr(trunk, "attn_pool", None) is not None:
+        raise ValueError("trunk has an attention pool beside its average, which is unknown here")
+    if hasattr(trunk, "_pos_embed"):
+        check_timm_vit(trunk)
+        if trunk.num_prefix_tokens:
+            raise ValueError(f"trunk averages its patches beside {trunk.num_prefix_tokens} tokens without a place")
+    elif not getattr(trunk, "feature_info", None):
+        raise ValueError(f"trunk ({type(trunk).__name__}) has no feature_info, which tells its stride")
+
+
+def patch(visual: Any, start_layer: int) -> None:
+    """Swap the classes of the tower and of what takes other sizes."""
+    if is_clip_vit(visual):
+        swap_class(visual, _ClipTower)
+    elif hasattr(visual.trunk, "_pos_embed"):
+        swap_class(visual, _TimmViTTower)
+        swap_class(visual.trunk, TimmTrunk)
+        swap_class(visual.trunk.patch_embed, TimmPatchEmbed)
+    else:
+        swap_class(visual, _TimmMapTower)
+
+
+def _timm_pool(trunk: Any) -> str | None:
+    pool = getattr(trunk, "global_pool", None)
+    if isinstance(pool, str):
+        return pool
+    return getattr(getattr(trunk.head, "global_pool", None), "pool_type", None)
+
+
+class _AverageTower(MaskAwareTower):
+    """What the hosts share: features once, then the mean over the image or over each mask."""
+
+    settings = SETTINGS
+
+    def encode(self, images: Tensor, masks: Tensor, grid: tuple[int, int], with_image: bool) -> Any:
+        features = self._features(images)
+        patches = self._patches(features)  # (B, hw, C)
+        embeddings = self._head(mean_weights(masks, grid).to(patches.dtype) @ patches)  # (B, N, D)
+        return (embeddings, self._pool_image(features)) if with_image else embeddings
+
+    def valid_masks(self, masks: Tensor, grid: tuple[int, int]) -> Tensor:
+        return masks.flatten(2).any(-1)  # (B, N)
+
+    def _features(self, images: Tensor) -> Tensor:
+        """What the tower averages, in the host's own layout."""
+        raise NotImplementedError
+
+    def _patches(self, features: Tensor) -> Tensor:
+        """Features -> (B, hw, C), row after row."""
+        raise NotImplementedError
+
+    def _head(self, means: Tensor) -> Tensor:
+        """Means (B, N, C) -> embeddings (B, N, D)."""
+        raise NotImplementedError
+
+    def _pool_image(self, features: Tensor) -> Tensor:
+        """The tower's own embedding of the image, (B, D)."""
+        raise NotImplementedError
+
+
+class _ClipTower(OpenClipViT, _AverageTower):
+    def _features(self: Any, images: Tensor) -> Tensor:
+        refuse_patch_dropout(self, "patch_dropout")
+        return self.transformer(self.embed(images))  # (B, 1+hw, width)
+
+    def _patches(self: Any, features: Tensor) -> Tensor:
+        return (features if self.final_ln_after_pool else self.ln_post(features))[:, 1:]
+
+    def _head(self: Any, means: Tensor) -> Tensor:
+        pooled = self.ln_post(means) if self.final_ln_after_pool else means
+        return pooled if self.proj is None else pooled @ self.proj
+
+    def _pool_image(self: Any, features: Tensor) -> Tensor:
+        pooled = self._pool(features)[0]
+        return pooled if self.proj is None else pooled @ self.proj
+
+
+class _TimmTower(_AverageTower):
+    def _features(self: Any, images: Tensor) -> Tensor:
+        return self.trunk.forward_features(images)
+
+    def _pool_image(self: Any, features: Tensor) -> Tensor:
+        return self.head(self.trunk.forward_head(features))
+
+
+class _TimmViTTower(_TimmTower):
+    def token_grid(self: Any, images: Tensor) -> tuple[int, int]:
+        return timm_grid(self.trunk, images)
+
+    def _features(self: Any, images: Tensor) -> Tensor:
+        refuse_patch_dropout(self.trunk, "patch_drop")
+        return super()._features(images)  # (B, hw, C)
+
+    def _patches(self, features: Tensor) -> Tensor:
+        return features
+
+    def _head(self: Any, means: Tensor) -> Tensor:
+        return self._pool_image(means.flatten(0, 1)[:, None]).unflatten(0, means.shape[:2])  # each its own patch
+
+
+class _TimmMapTower(_TimmTower):
+    def plain(self: Any, images: Tensor, **options: Any) -> Any:
+        return super(MaskAwareTower, self).forward(images, **options)  # type: ignore[misc]  # every size as before
+
+    def token_grid(self: Any, images: Tensor) -> tuple[int, int]:
+        embed: Any = getattr(self.trunk, "patch_embed", None)
+        if getattr(embed, "strict_img_size", False) and tuple(images.shape[2:]) != tuple(embed.img_size):
+            raise ValueError(
+                f"images are {tuple(images.shape)}, but the windows of {type(self.trunk).__name__} are made for "
+                f"{embed.img_size}; call visual.set_input_size((H, W)) before"
+            )
+        stride = self.trunk.feature_info[-1]["reduction"]
+        return divide_into_patches(images, (stride, stride))
+
+    def _patches(self: Any, features: Tensor) -> Tensor:
+        nhwc = getattr(self.trunk, "output_fmt", "NCHW") == "NHWC"
+        return rearrange(features, "b h w c -> b (h w) c" if nhwc else "b c h w -> b (h w) c")
+
+    def _head(self: Any, means: Tensor) -> Tensor:
+        nhwc = getattr(self.trunk, "output_fmt", "NCHW") == "NHWC"
+        single = rearrange(means, "b n c -> (b n) 1 1 c" if nhwc else "b n c -> (b n) c 1 1")  # a map of one cell each
+        return self._pool_image(single).unflatten(0, means.shape[:2])

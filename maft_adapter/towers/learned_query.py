@@ -1,0 +1,184 @@
+"""Family B, learned query: the pooling query is asked once for every proposal, the tower before it is untouched.
+
+SigLIP, SigLIP 2 and Perception Encoder (timm's `AttentionPoolLatent` inside open_clip's `TimmModel`), CoCa
+(open_clip's `AttentionalPooler`) and transformers' `SiglipVisionModel`.
+
+The query sees the patches of its mask. It does not see a class token among the keys (Perception Encoder, CoCa),
+which speaks of the whole image. A mask without a patch would leave it nothing, so it sees all patches then.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from ..attention import query_attention
+from ..masks import attention_bias
+from . import MaskAwareTower, refuse_unknown, swap_class
+from .sizes import (
+    OpenClipViT,
+    TimmPatchEmbed,
+    TimmTrunk,
+    TransformersEmbeddings,
+    TransformersTower,
+    check_clip_vit,
+    check_timm_vit,
+    check_transformers,
+    is_clip_vit,
+    refuse_patch_dropout,
+    timm_grid,
+    transformers_inner,
+)
+
+SETTINGS = ("interpolation", "threshold")
+POOLS = "pools its patches with a learned query"
+
+_LATENT = ("latent", "q", "kv", "q_norm", "k_norm", "proj", "norm", "mlp")
+
+
+def recognise(visual: Any) -> bool:
+    """Whether `visual` pools its patches with a learned query."""
+    if is_clip_vit(visual):
+        return getattr(visual, "attn_pool", None) is not None
+    trunk = getattr(visual, "trunk", None)
+    if trunk is not None:
+        return hasattr(getattr(trunk, "attn_pool", None), "latent")
+    return hasattr(getattr(transformers_inner(visual), "head", None), "probe")
+
+
+def check(visual: Any, start_layer: int) -> None:
+    """Raise ValueError, naming what is unknown, unless `patch` computes exactly this tower."""
+    if is_clip_vit(visual):
+        check_clip_vit(visual)
+        if visual.pool_type != "tok":
+            raise ValueError(f"the tower gives {visual.pool_type!r} of its queries; expected the first one ('tok')")
+        refuse_unknown(visual.attn_pool, ("query", "attn", "ln_q", "ln_k"), "attn_pool")
+        _check_attention(visual.attn_pool.attn, "attn_pool.attn")
+    elif hasattr(visual, "trunk"):
+        check_timm_vit(visual.trunk)
+        pool = visual.trunk.attn_pool
+        refuse_unknown(pool, _LATENT, "trunk.attn_pool")
+        if pool.latent_len != 1 or pool.pool != "token":
+            raise ValueError(f"trunk.attn_pool has {pool.latent_len} queries (pool {pool.pool!r}); expected one")
+    else:
+        check_transformers(visual)
+        head = transformers_inner(visual).head
+        refuse_unknown(head, ("probe", "attention", "layernorm", "mlp"), "head")
+        _check_attention(head.attention, "head.attention")
+
+
+def patch(visual: Any, start_layer: int) -> None:
+    """Swap the classes of the tower and of what takes other sizes."""
+    if is_clip_vit(visual):
+        swap_class(visual, _CoCaTower)
+    elif hasattr(visual, "trunk"):
+        swap_class(visual, _TimmTower)
+        swap_class(visual.trunk, TimmTrunk)
+        swap_class(visual.trunk.patch_embed, TimmPatchEmbed)
+    else:
+        swap_class(visual, _TransformersTower)
+        swap_class(transformers_inner(visual).embeddings, TransformersEmbeddings)
+
+
+def _check_attention(attn: Any, where: str) -> None:
+    projections = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "out_proj")
+    refuse_unknown(attn, projections, where)
+    if getattr(attn, "dropout", 0) or getattr(attn, "add_zero_attn", False):
+        raise ValueError(f"{where} has dropout or an extra key, which CLIP's pools have not")
+
+
+class _LearnedQueryTower(MaskAwareTower):
+    """What the hosts share: features once, then their own pool for the image and the biased one for masks."""
+
+    settings = SETTINGS
+
+    def encode(self, images: Tensor, masks: Tensor, grid: tuple[int, int], with_image: bool) -> Any:
+        features = self._features(images)  # (B, P+hw, width)
+        bias = attention_bias(masks, grid, features.dtype, self.threshold)  # (B, 1, N, hw)
+        empty = bias.isneginf().all(-1, keepdim=True)  # (B, 1, N, 1)
+        patches = features[:, features.shape[1] - bias.shape[-1] :]  # (B, hw, width)
+        embeddings = self._pool_masks(patches, bias.masked_fill(empty, 0))  # (B, N, D)
+        return (embeddings, self._pool_image(features)) if with_image else embeddings
+
+    def _features(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> the tokens that are pooled, (B, P+hw, width)."""
+        raise NotImplementedError
+
+    def _pool_masks(self, patches: Tensor, bias: Tensor) -> Tensor:
+        """Patches (B, hw, width) and bias (B, 1, N, hw) -> embeddings (B, N, D)."""
+        raise NotImplementedError
+
+    def _pool_image(self, features: Tensor) -> Tensor:
+        """The tower's own embedding of the image, (B, D)."""
+        raise NotImplementedError
+
+
+class _CoCaTower(OpenClipViT, _LearnedQueryTower):
+    def _features(self: Any, images: Tensor) -> Tensor:
+        refuse_patch_dropout(self, "patch_dropout")
+        return self.transformer(self.embed(images))
+
+    def _pool_masks(self: Any, patches: Tensor, bias: Tensor) -> Tensor:
+        pool = self.attn_pool
+        query = pool.ln_q(pool.query[:1]).expand(len(patches), -1, -1)  # (B, 1, width): of all its queries CLIP's
+        x = _multihead_attention(pool.attn, query, pool.ln_k(patches), bias)  # (B, N, width)
+        pooled = self.ln_post(x)
+        return pooled if self.proj is None else pooled @ self.proj
+
+    def _pool_image(self: Any, features: Tensor) -> Tensor:
+        pooled = self._pool(features)[0]  # (B, width)
+        return pooled if self.proj is None else pooled @ self.proj
+
+
+class _TimmTower(_LearnedQueryTower):
+    def token_grid(self: Any, images: Tensor) -> tuple[int, int]:
+        return timm_grid(self.trunk, images)
+
+    def _features(self: Any, images: Tensor) -> Tensor:
+        refuse_patch_dropout(self.trunk, "patch_drop")
+        return self.trunk.forward_features(images)
+
+    def _pool_masks(self: Any, patches: Tensor, bias: Tensor) -> Tensor:
+        trunk, pool = self.trunk, self.trunk.attn_pool
+        q = pool.q_norm(rearrange(pool.q(pool.latent), "b q (h d) -> b h q d", h=pool.num_heads))  # (1, heads, 1, d)
+        k, v = rearrange(pool.kv(patches), "b p (two h d) -> two b h p d", two=2, h=pool.num_heads)
+        x = query_attention(q.expand(len(patches), -1, -1, -1), pool.k_norm(k), v, bias)  # (B, N, width)
+        x = pool.proj_drop(pool.proj(x))
+        if pool.mlp is not None:
+            x = x + pool.mlp(pool.norm(x))
+        return self.head(trunk.head(trunk.head_drop(trunk.fc_norm(x))))  # (B, N, D)
+
+    def _pool_image(self: Any, features: Tensor) -> Tensor:
+        return self.head(self.trunk.forward_head(features))
+
+
+class _TransformersTower(TransformersTower, _LearnedQueryTower):
+    def _features(self: Any, images: Tensor) -> Tensor:
+        inner = transformers_inner(self)
+        return inner.post_layernorm(inner.encoder(inputs_embeds=inner.embeddings(images)).last_hidden_state)
+
+    def _pool_masks(self: Any, patches: Tensor, bias: Tensor) -> Tensor:
+        head = transformers_inner(self).head
+        probe = head.probe.expand(len(patches), -1, -1)  # (B, 1, width)
+        x = _multihead_attention(head.attention, probe, patches, bias)  # (B, N, width)
+        return x + head.mlp(head.layernorm(x))
+
+    def _pool_image(self: Any, features: Tensor) -> Tensor:
+        return transformers_inner(self).head(features)
+
+
+def _multihead_attention(attn: Any, query: Tensor, patches: Tensor, bias: Tensor) -> Tensor:
+    """`attn` with one query (B, 1, width), asked for every row of bias (B, 1, N, hw) -> (B, N, width)."""
+    if attn.in_proj_weight is not None:
+        weights = attn.in_proj_weight.chunk(3)
+    else:
+        weights = attn.q_proj_weight, attn.k_proj_weight, attn.v_proj_weight
+    biases = (None, None, None) if attn.in_proj_bias is None else attn.in_proj_bias.chunk(3)
+    q, k, v = (
+        rearrange(F.linear(x, weight, b), "b t (h d) -> b h t d", h=attn.num_heads)
+        for x, weight, b in zip((query, patches, patches), weights, biases, strict=True)
+    )
+    return attn.out_proj(query_attention(q, k, v, bias))

@@ -1,0 +1,219 @@
+"""Layouts of ViTs, and images of any size for them.
+
+The mixins interpolate the position embedding to the images' token grid inside the host's own forward, so that
+everything which the host builds on it (intermediate features, pooling, extra outputs) holds for other sizes, too.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from . import MaskAware, MaskAwareTower, divide_into_patches, refuse_unknown
+
+# All that is read of a CLIP ViT, children and parameters alike.
+_CLIP_VIT = ("conv1", "class_embedding", "positional_embedding", "ln_pre", "transformer", "ln_post", "proj")
+INTERPOLATIONS: dict[str, dict[str, Any]] = {
+    "maft": {"mode": "bicubic", "align_corners": True},
+    "open_clip": {"mode": "bicubic", "align_corners": False, "antialias": True},
+}
+
+
+def interpolate_position(
+    embedding: Tensor, native: tuple[int, int], grid: tuple[int, int], interpolation: str = "maft"
+) -> Tensor:
+    """Position embedding (P+hw, width) for another grid; the P leading tokens have no place and stay.
+
+    "maft" is the authors' way, bicubic between the corners (align_corners=True), "open_clip" what open_clip and
+    timm do when they load weights for another size (antialias, align_corners=False). On a 14 -> 30 grid they
+    differ by 13 %, so weights that were fine-tuned with one must run with it.
+
+    >>> interpolate_position(torch.randn(1 + 4, 8), (2, 2), (3, 5)).shape
+    torch.Size([16, 8])
+    """
+    if grid == native:
+        return embedding
+    prefix = len(embedding) - native[0] * native[1]
+    precise = torch.promote_types(embedding.dtype, torch.float32)  # half would lose digits in between
+    spatial = rearrange(embedding[prefix:].to(precise), "(h w) c -> 1 c h w", h=native[0])
+    spatial = F.interpolate(spatial, size=grid, **INTERPOLATIONS[interpolation])
+    return torch.cat([embedding[:prefix], rearrange(spatial, "1 c h w -> (h w) c").to(embedding.dtype)])
+
+
+def is_clip_vit(visual: Any) -> bool:
+    """Whether `visual` is laid out as open_clip's or OpenAI's ViT."""
+    return all(hasattr(visual, name) for name in _CLIP_VIT) and hasattr(visual.transformer, "resblocks")
+
+
+def check_clip_vit(visual: Any) -> None:
+    """Raise ValueError unless the parts of `visual` outside its blocks and its pool are known."""
+    h, w = native_grid(visual)
+    rows = len(visual.positional_embedding)
+    if rows != 1 + h * w:
+        raise ValueError(f"positional_embedding has {rows} rows, expected 1 + {h} x {w}")
+    refuse_unknown(visual, (*_CLIP_VIT, "patch_dropout", "attn_pool"), "the tower")
+    refuse_unknown(visual.transformer, ("resblocks",), "transformer")
+
+
+def native_grid(visual: Any) -> tuple[int, int]:
+    """Height and width of the token grid that an open_clip or OpenAI ViT's position embedding was made for."""
+    grid = getattr(visual, "grid_size", None)
+    if isinstance(grid, tuple):
+        return grid
+    side = round((visual.positional_embedding.shape[0] - 1) ** 0.5)
+    return side, side
+
+
+class ClipViT(MaskAwareTower):
+    """Of open_clip's and OpenAI's ViT, beside a family's own mixin."""
+
+    def token_grid(self: Any, images: Tensor) -> tuple[int, int]:
+        return divide_into_patches(images, self.conv1.stride)
+
+    def embed(self: Any, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) of any size -> tokens (B, 1+hw, width)."""
+        patches = rearrange(self.conv1(images), "b c h w -> b (h w) c")  # (B, hw, width)
+        class_token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)  # (B, 1, width)
+        grid = self.token_grid(images)
+        position = interpolate_position(self.positional_embedding, native_grid(self), grid, self.interpolation)
+        tokens = torch.cat([class_token, patches], dim=1) + position.to(patches.dtype)  # (B, 1+hw, width)
+        return self.ln_pre(self.patch_dropout(tokens) if hasattr(self, "patch_dropout") else tokens)
+
+
+class OpenClipViT(ClipViT):
+    """Of open_clip's ViT, whose own forward embeds the images with `_embeds`."""
+
+    def _embeds(self: Any, x: Tensor) -> Tensor:
+        if self.token_grid(x) == native_grid(self):
+            return super()._embeds(x)  # type: ignore[misc]
+        return self.embed(x)
+
+
+def check_timm_vit(trunk: Any) -> None:
+    """Raise ValueError unless a timm ViT takes its position embedding and its images as `TimmTrunk` does."""
+    known = ("backbone",) if hasattr(trunk.patch_embed, "backbone") else ("norm",)
+    refuse_unknown(trunk.patch_embed, ("proj", *known), "trunk.patch_embed")
+    if not hasattr(trunk, "_pos_embed"):
+        raise ValueError(f"trunk ({type(trunk).__name__}) has no _pos_embed, where its position embedding is added")
+    rows, cells = getattr(trunk.pos_embed, "shape", (1, 0))[1], trunk.patch_embed.num_patches
+    if trunk.pos_embed is not None and rows not in (cells, cells + trunk.num_prefix_tokens):
+        raise ValueError(f"trunk.pos_embed has {rows} rows, expected one for each of {cells} patches")
+    if getattr(trunk, "rope_mixed", False):
+        raise ValueError("trunk has a rotary embedding of its own for every block (rope_mixed), unknown here")
+
+
+def timm_grid(trunk: Any, images: Tensor) -> tuple[int, int]:
+    """Token grid of images (B, 3, H, W) for a timm ViT, or ValueError if they do not fit."""
+    (height, width), (rows, columns) = trunk.patch_embed.img_size, trunk.patch_embed.grid_size
+    if tuple(images.shape[2:]) == (height, width):  # which the patch need not divide
+        return rows, columns
+    return divide_into_patches(images, (height // rows, width // columns))
+
+
+class TimmPatchEmbed(MaskAware):
+    """Of timm's `PatchEmbed` and `HybridEmbed`: takes other sizes, too, and keeps the two axes of the token map."""
+
+    # As properties of the class these come before the instance's own attributes, which stay what they were.
+    flatten = property(lambda self: False)
+    output_fmt = property(lambda self: "NHWC")
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> token map (B, h, w, C)."""
+        if tuple(x.shape[2:]) == tuple(self.img_size):
+            return super().forward(x)  # type: ignore[misc]
+        if hasattr(self, "backbone"):
+            return self.proj(self.backbone(x)).movedim(1, -1)
+        return self.norm(self.proj(x).movedim(1, -1))
+
+
+class TimmTrunk(MaskAware):
+    """Of timm's `VisionTransformer` and `Eva` whose `patch_embed` is a `TimmPatchEmbed`."""
+
+    settings = ("interpolation",)
+    interpolation: str
+
+    def _pos_embed(self: Any, x: Tensor) -> Any:
+        """Token map (B, h, w, C) -> tokens (B, P+hw, C), which `Eva` returns together with its rotary embedding."""
+        grid: tuple[int, int] = (x.shape[1], x.shape[2])
+        if grid == tuple(self.patch_embed.grid_size):
+            return super()._pos_embed(x if self.dynamic_img_size else x.flatten(1, 2))  # type: ignore[misc]
+        x = x.flatten(1, 2)  # (B, hw, C)
+        prefix = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        if self.pos_embed is None:
+            x = torch.cat([*prefix, x], dim=1)  # (B, P+hw, C)
+        else:
+            native = tuple(self.patch_embed.grid_size)
+            position = interpolate_position(self.pos_embed[0], native, grid, self.interpolation)  # (P+hw or hw, C)
+            if self.no_embed_class:
+                x = torch.cat([*prefix, x + position], dim=1)  # (B, P+hw, C)
+            else:
+                x = torch.cat([*prefix, x], dim=1) + position  # (B, P+hw, C)
+        x = self.pos_drop(x)
+        if not hasattr(self, "rope"):
+            return x
+        if self.rope is None:
+            return x, None
+        rope = copy.deepcopy(self.rope)  # keeps the sine and cosine of one grid only
+        rope.update_feat_shape(list(grid))
+        return x, rope.get_embed()  # (hw, 2 * head width)
+
+
+def transformers_inner(visual: Any) -> Any:
+    """The module that holds embeddings and encoder: `visual` itself, or its `vision_model` beside a projection."""
+    return getattr(visual, "vision_model", visual)
+
+
+def check_transformers(visual: Any) -> None:
+    """Raise ValueError unless the tower holds what is read of transformers' CLIP and SigLIP towers, and no more."""
+    inner = transformers_inner(visual)
+    known = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm", "head")
+    refuse_unknown(inner, known, type(inner).__name__)
+    refuse_unknown(inner.embeddings, ("class_embedding", "patch_embedding", "position_embedding"), "embeddings")
+    refuse_unknown(inner.encoder, ("layers",), "encoder")
+    if inner is not visual:
+        refuse_unknown(visual, ("vision_model", "visual_projection"), type(visual).__name__)
+
+
+class TransformersTower(MaskAwareTower):
+    """Of transformers' vision models, beside a family's own mixin."""
+
+    def forward(  # type: ignore[override]  # the first argument goes by the name that transformers gives it
+        self, pixel_values: Any = None, masks: Tensor | None = None, *, with_image: bool = False, **options: Any
+    ) -> Any:
+        """See `maft_adapter.make_mask_aware`."""
+        return super().forward(pixel_values, masks, with_image=with_image, **options)
+
+    def token_grid(self, images: Tensor) -> tuple[int, int]:
+        embeddings = transformers_inner(self).embeddings
+        size, patch = embeddings.image_size, embeddings.patch_size
+        if tuple(images.shape[2:]) == (size, size):  # which the patch need not divide
+            return size // patch, size // patch
+        return divide_into_patches(images, (patch, patch))
+
+
+class TransformersEmbeddings(MaskAware):
+    """Of transformers' `CLIPVisionEmbeddings` and `SiglipVisionEmbeddings`."""
+
+    settings = ("interpolation",)
+    interpolation: str
+
+    def forward(self: Any, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        native = tuple(pixel_values.shape[2:]) == (self.image_size, self.image_size)
+        return super().forward(pixel_values, interpolate_pos_encoding=not native)  # type: ignore[misc]
+
+    def interpolate_pos_encoding(self: Any, embeddings: Tensor, height: int, width: int) -> Tensor:
+        side = self.image_size // self.patch_size
+        grid = height // self.patch_size, width // self.patch_size
+        position = self.position_embedding.weight  # (P+hw, width)
+        return interpolate_position(position, (side, side), grid, self.interpolation)[None]  # (1, P+hw, width)
+
+
+def refuse_patch_dropout(module: Any, name: str) -> None:
+    """Raise ValueError if the module's patch dropout is active: it would drop patches under the masks."""
+    if module.training and getattr(getattr(module, name, None), "prob", 0):
+        raise ValueError(f"{name} would drop patches under the masks; call .eval() or set its prob to 0")
