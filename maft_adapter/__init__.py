@@ -4,7 +4,10 @@ Glossary: B images, N mask proposals an image, C classes, K ground-truth classes
 grid, H x W the mask's own size, D the embedding's width, L the start layer.
 """
 
+__version__ = "0.1.0"
+
 from .adapt import encode_masks, encode_masks_and_image, is_mask_aware, make_mask_aware, restore, valid_masks
+from .checkpoint import load_mask_aware, save_mask_aware
 from .freezing import trainable_parameters
 from .losses import MAFTLoss
 
@@ -13,8 +16,10 @@ __all__ = [
     "encode_masks",
     "encode_masks_and_image",
     "is_mask_aware",
+    "load_mask_aware",
     "make_mask_aware",
     "restore",
+    "save_mask_aware",
     "trainable_parameters",
     "valid_masks",
 ]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from tqdm import tqdm
 
 from .adapt import encode_masks, encode_masks_and_image, is_mask_aware
+from .checkpoint import save_mask_aware
 from .classify import class_scores
 from .freezing import trainable_parameters
 from .losses import MAFTLoss
@@ -81,8 +80,8 @@ def finetune(
             default a frozen copy of the tower computes them batch by batch.
         seed: of the order of the samples.
         num_workers: of the DataLoader.
-        checkpoint: path of a safetensors file of the tower's weights, written every `checkpoint_every` iterations
-            and at the end (also after Ctrl-C), never half.
+        checkpoint: path that `save_mask_aware` writes the tower to, every `checkpoint_every` iterations and at the
+            end (also after Ctrl-C), never half.
         checkpoint_every: iterations between two checkpoints.
         on_iteration: called with the number of finished iterations, after each.
         progress: show a bar with both losses.
@@ -155,39 +154,12 @@ def finetune(
             if on_iteration is not None:
                 on_iteration(len(history))
             if checkpoint is not None and len(history) % checkpoint_every == 0:
-                save_weights(visual, checkpoint)
+                save_mask_aware(visual, checkpoint)
     finally:
         clip_model.train(was_training)
         if checkpoint is not None and history:
-            save_weights(visual, checkpoint)
+            save_mask_aware(visual, checkpoint)
     return history
-
-
-def save_weights(visual: torch.nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a tower's state_dict as safetensors, atomically: `path` holds the old or the new file, never a part.
-
-    The keys are those of the unpatched tower, so `safetensors.torch.load_file` and `load_state_dict` read it back.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_weights(torch.nn.Linear(2, 2), Path(folder, "tower.safetensors"))
-        ...     [file.name for file in Path(folder).iterdir()]
-        ['tower.safetensors']
-    """
-    from safetensors.torch import save
-
-    data = save({name: tensor.contiguous() for name, tensor in visual.state_dict().items()})
-    path = Path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
-        try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
 
 
 def ground_truth(label_map: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

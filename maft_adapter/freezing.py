@@ -4,18 +4,22 @@ import re
 
 from torch import nn
 
-# Every parameter of a tower belongs to exactly one unit. The first five are those of Table 4d.
+_BLOCKS = r"(transformer\.resblocks|trunk\.blocks|(vision_model\.)?encoder\.layers)\.\d+"
+_EMBEDDINGS = r"(vision_model\.)?embeddings"
+# Every parameter of a ViT belongs to exactly one unit, in open_clip's and OpenAI's layout, in timm's inside
+# open_clip's TimmModel, and in transformers'. The first five units are those of Table 4d.
 _UNITS = {
-    "cls": r"class_embedding",
-    "pos": r"positional_embedding",
-    "mlp": r"transformer\.resblocks\.\d+\.mlp\..+",
-    "conv": r"conv1\..+",
-    "proj": r"proj",
-    "attention": r"transformer\.resblocks\.\d+\.(ln_1|attn|ln_attn|ls_1|ln_2|ls_2)\..+",
-    "ln_post": r"ln_post\..+",
-    "ln_pre": r"ln_pre\..+",
+    "cls": rf"class_embedding|trunk\.cls_token|{_EMBEDDINGS}\.class_embedding",
+    "pos": rf"positional_embedding|trunk\.pos_embed|{_EMBEDDINGS}\.position_embedding\.weight",
+    "mlp": rf"{_BLOCKS}\.mlp\..+",
+    "conv": rf"(conv1|trunk\.patch_embed|{_EMBEDDINGS}\.patch_embedding)\..+",
+    "proj": r"proj|(head\.proj|trunk\.head|visual_projection)\..+",
+    "attention": rf"{_BLOCKS}\.(?!mlp\.).+",
+    "pool": r"((trunk\.)?attn_pool|(vision_model\.)?head\.(attention|layernorm|mlp))\..+|(vision_model\.)?head\.probe",
+    "ln_post": r"(ln_post|trunk\.norm|trunk\.fc_norm|(vision_model\.)?post_layernorm)\..+",
+    "ln_pre": r"(ln_pre|trunk\.norm_pre|(vision_model\.)?pre_layrnorm)\..+",
 }
-_OPTIONAL = {"ln_pre"}  # some open_clip configurations go without
+_REQUIRED = {"mlp", "conv", "attention", "ln_post"}
 
 _FROZEN: dict[str, set[str]] = {
     "none": set(),
@@ -35,18 +39,19 @@ def trainable_parameters(visual: nn.Module, freeze: str = "paper") -> list[nn.Pa
     The rows of Table 4d freeze one unit after the other: "none", "+cls" (class embedding), "+pos" (position
     embedding), "+mlp" (the blocks' MLPs), "+conv" (patch embedding), "+proj" (final projection). "paper" is
     the paper's choice, "+conv". "released" is what the authors' code does: only the blocks without their MLPs
-    and ln_post train.
+    and ln_post train. A pool with a learned query trains in every row.
 
     Args:
-        visual: the image tower of an open_clip or OpenAI CLIP (`VisionTransformer`), adapted or not. It is
-            changed in place, whatever `requires_grad` was before; values stay.
+        visual: a ViT that `make_mask_aware` takes, adapted or not. It is changed in place, whatever
+            `requires_grad` was before; values stay.
         freeze: one of the names above.
 
     Returns:
         The parameters to hand to an optimizer. Half-precision towers want `visual.float()` first.
 
     Raises:
-        ValueError: on an unknown name, or on a tower that is not laid out as those two, which stays as it is.
+        ValueError: on an unknown name, or on a tower that is no such ViT, which stays as it is. For ResNets and
+            other convolutions neither paper nor code says what trains: set `requires_grad` yourself.
 
     >>> from open_clip.transformer import VisionTransformer
     >>> visual = VisionTransformer(
@@ -59,10 +64,12 @@ def trainable_parameters(visual: nn.Module, freeze: str = "paper") -> list[nn.Pa
     names = [name for name, _ in visual.named_parameters()]
     unit_of = {name: unit for name in names for unit, regex in _UNITS.items() if re.fullmatch(regex, name)}
     unknown = [name for name in names if name not in unit_of]
-    missing = sorted(_UNITS.keys() - set(unit_of.values()) - _OPTIONAL)
+    present = set(unit_of.values())
+    required = _REQUIRED if "pool" in present else _REQUIRED | {"cls"}
+    missing = sorted(required - present)
     if unknown or missing:
         raise ValueError(
-            f"{type(visual).__name__} is not laid out as a CLIP VisionTransformer: "
+            f"{type(visual).__name__} is not laid out as a CLIP ViT: "
             f"{len(unknown)} parameters of unknown role {unknown[:4]}, units without parameters {missing}. "
             "Pass the image tower itself (model.visual), before torch.compile or DDP wraps it"
         )

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.functional.classification import multilabel_average_precision
 
-from ..finetune import save_weights
+from ..checkpoint import save_weights
 from .clip import WEIGHTS, create_clip, preprocess, tokenize
 from .scenes import CLASSES, COLORS, THINGS, Scene, caption, named_classes, render_scene
 

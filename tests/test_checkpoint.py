@@ -1,0 +1,163 @@
+"""Checkpoints: what is written, what it loads into, and what is refused."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from open_clip import CLIP
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transformer import VisionTransformer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from maft_adapter import __version__, is_mask_aware, load_mask_aware, make_mask_aware, restore, save_mask_aware
+from maft_adapter.checkpoint import load_released, save_weights
+
+
+def vit(width: int = 32, **options: Any) -> VisionTransformer:
+    shape = {"image_size": 32, "patch_size": 8, "layers": 3, "heads": 4, "mlp_ratio": 2.0, "output_dim": 16}
+    return VisionTransformer(**{**shape, "width": width, **options}).eval()
+
+
+def state(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "tower.safetensors"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize(
+    ("build", "settings"),
+    [
+        (vit, {"start_layer": 1, "interpolation": "open_clip", "threshold": 0.3}),
+        (lambda: ModifiedResNet((1, 1, 1, 1), 16, 4, 64, 8).eval(), {"interpolation": "open_clip", "threshold": 0.3}),
+        (lambda: vit(pool_type="avg"), {"interpolation": "open_clip"}),
+    ],
+)
+def test_weights_and_settings_come_back(path: Path, build: Any, settings: dict[str, Any], patched: bool) -> None:
+    tower = make_mask_aware(build(), **settings)
+    save_mask_aware(tower, path)
+    other = build()
+    if patched:
+        make_mask_aware(other, start_layer=2 if "start_layer" in settings else 8)
+    assert load_mask_aware(other, path) is other
+    assert {name: getattr(other, name) for name in settings} == settings
+    images, masks = torch.randn(1, 3, 64, 96), torch.rand(1, 4, 20, 30)
+    assert torch.equal(other(images, masks), tower(images, masks))
+
+
+def test_the_weights_load_into_an_unpatched_tower(path: Path) -> None:
+    tower = vit()
+    before = state(tower)
+    save_mask_aware(make_mask_aware(tower, 1), path)
+    plain = CLIP(
+        embed_dim=16,
+        vision_cfg={"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "head_width": 8, "mlp_ratio": 2.0},
+        text_cfg={"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1},
+    ).visual
+    plain.load_state_dict(load_file(path))
+    assert equal(state(plain), before)
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["maft_adapter"])
+    settings = {"start_layer": 1, "interpolation": "maft", "threshold": 0.5}
+    assert header == {"version": __version__, "tower": "VisionTransformer", "settings": settings}
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: vit(width=64), "has in another shape class_embedding (32,) for (64,)"),
+        (lambda: vit(layers=4), "it lacks transformer.resblocks.3.ln_1.weight"),
+        (lambda: vit(layers=2), "it has besides transformer.resblocks.2.attn.in_proj_bias"),
+        (lambda: vit(image_size=64), "has in another shape positional_embedding (17, 32) for (65, 32)"),
+        (lambda: nn.Linear(2, 2), "a VisionTransformer, does not fit this Linear: it lacks weight, bias; has besides"),
+    ],
+)
+def test_a_mismatch_is_refused_by_name_and_changes_nothing(path: Path, build: Any, message: str) -> None:
+    save_mask_aware(make_mask_aware(vit(), 1), path)
+    other = build()
+    before = state(other)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_mask_aware(other, path)
+    assert equal(state(other), before) and not is_mask_aware(other)
+
+
+def test_plain_weights_are_not_taken_for_a_checkpoint(path: Path) -> None:
+    save_file(vit().state_dict(), path)
+    with pytest.raises(ValueError, match=r"holds no settings of maft_adapter; read plain weights with load_state_dict"):
+        load_mask_aware(vit(), path)
+
+
+def test_an_unpatched_tower_is_not_saved(path: Path) -> None:
+    with pytest.raises(TypeError, match="VisionTransformer is not mask-aware; call make_mask_aware on it first"):
+        save_mask_aware(vit(), path)
+    assert not path.exists()
+
+
+def test_a_failing_write_keeps_the_old_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_weights(nn.Linear(2, 2), path)
+    before = path.read_bytes()
+
+    def full_disk(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.replace", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        save_weights(nn.Linear(3, 3), path)
+    assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+# The layout of the authors' released files
+
+
+@pytest.fixture
+def released(tmp_path: Path) -> Path:
+    """The tower among the other parts of a segmenter, as the authors' training writes it."""
+    weights = {f"IPCLIP.{name}": value for name, value in vit().state_dict().items()}
+    others = {"clip_adapter.clip_model.logit_scale": torch.ones(()), "sem_seg_head.weight": torch.zeros(2)}
+    torch.save({"model": {**others, **weights}, "iteration": 999}, tmp_path / "maft.pt")
+    return tmp_path / "maft.pt"
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_released_weights_are_read(released: Path, nested: bool) -> None:
+    content = torch.load(released, weights_only=True)["model"]
+    if not nested:
+        torch.save(content, released)
+    tower = load_released(vit(), released, start_layer=2)
+    assert tower.start_layer == 2 and tower.interpolation == "maft"
+    assert equal(state(restore(tower)), {n.removeprefix("IPCLIP."): v for n, v in content.items() if "IPCLIP" in n})
+
+
+def test_released_files_without_the_tower_or_of_another_are_refused(released: Path) -> None:
+    other = vit(width=64)
+    before = state(other)
+    with pytest.raises(ValueError, match=r"does not fit this VisionTransformer: it has in another shape"):
+        load_released(other, released)
+    torch.save({"model": {"sem_seg_head.weight": torch.zeros(2)}}, released)
+    with pytest.raises(ValueError, match=r"no weights under 'IPCLIP\.'.*: sem_seg_head\.weight"):
+        load_released(other, released)
+    assert equal(state(other), before) and not is_mask_aware(other)
+
+
+def test_released_files_are_not_executed(tmp_path: Path) -> None:
+    class Malicious:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "executed",)
+
+    torch.save({"IPCLIP.proj": Malicious()}, tmp_path / "maft.pt")
+    with pytest.raises(Exception, match=r"(?i)weights.only"):
+        load_released(vit(), tmp_path / "maft.pt")
+    assert not (tmp_path / "executed").exists()
