@@ -125,7 +125,8 @@ def encode_masks(
     """Embed mask proposals as `encode_image` embeds images, with a CLIP model whose `.visual` is mask-aware.
 
     Args:
-        clip_model: open_clip or OpenAI CLIP, patched by `make_mask_aware(clip_model.visual)`.
+        clip_model: open_clip or OpenAI CLIP, patched by `make_mask_aware(clip_model.visual)`. Towers of transformers
+            stand alone: call `visual(images, masks)`.
         images: (B, 3, H, W) normalised as the model wants them.
         masks: (B, N, H', W') bool or float in [0, 1], or a list of B tensors (N_i, H', W').
         normalize: scale embeddings to unit length.
@@ -151,10 +152,18 @@ def encode_masks(
     return _unpad(F.normalize(embeddings, dim=-1) if normalize else embeddings, masks)
 
 
+@overload
+def encode_masks_and_image(
+    clip_model: Any, images: Tensor, masks: Tensor, normalize: bool = False
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def encode_masks_and_image(
+    clip_model: Any, images: Tensor, masks: Sequence[Tensor], normalize: bool = False
+) -> tuple[list[Tensor], Tensor]: ...
 def encode_masks_and_image(
     clip_model: Any, images: Tensor, masks: Tensor | Sequence[Tensor], normalize: bool = False
 ) -> tuple[Tensor | list[Tensor], Tensor]:
-    """`encode_masks` and `encode_image` of the same images in one pass, which runs the blocks before L once.
+    """`encode_masks` and `encode_image` of the same images in one pass, which runs what both share once.
 
     Self-distillation (Eq. 8) needs both. Arguments and errors as `encode_masks`; returns its result and the
     plain image embeddings (B, D).
