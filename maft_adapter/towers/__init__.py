@@ -63,7 +63,9 @@ class MaskAwareTower(MaskAware):
 
 @functools.cache
 def _mask_aware_class(mixin: type, host: type) -> type:
-    return type(f"MaskAware{host.__name__}", (mixin, host), {"__module__": mixin.__module__})
+    # The host's place, under which transformers looks up what a model can record and whether its attention can be set.
+    place = {"__module__": host.__module__, "__qualname__": host.__qualname__}
+    return type(f"MaskAware{host.__name__}", (mixin, host), place)
 
 
 def _new(mixin: type, host: type) -> Any:

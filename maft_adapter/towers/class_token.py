@@ -42,7 +42,7 @@ POOLS = "reads its class token"
 
 # All that is read of a CLIP block, and all that a timm ViT with a class token may hold.
 _BLOCK = ("ln_1", "attn", "ln_2", "mlp")
-_TIMM = ("patch_embed", "pos_embed", "cls_token", "blocks", "norm_pre", "norm", "fc_norm", "head", "rope")
+_TIMM = ("patch_embed", "pos_embed", "cls_token", "patch_drop", "blocks", "norm_pre", "norm", "fc_norm", "head", "rope")
 
 
 def recognise(visual: Any) -> bool:
@@ -230,9 +230,9 @@ class _TimmTower(_DenseTower):
         rope = options.get("rope")
         if rope is not None:
             # A block rotates everything after its one class token: sine 0 and cosine 1 leave the copies in place.
-            sine = rope.new_zeros(bias.shape[2] - 1, rope.shape[1] // 2)  # (N-1, head width)
-            unmoved = torch.cat([sine, sine + 1], dim=1)  # (N-1, 2 * head width)
-            options = {"rope": torch.cat([unmoved, rope])}  # (N-1+hw, 2 * head width)
+            sine = rope.new_zeros(bias.shape[2], rope.shape[1] // 2)  # (N, head width)
+            unmoved = torch.cat([sine, sine + 1], dim=1)  # (N, 2 * head width)
+            options = {"rope": torch.cat([unmoved, rope])[1:]}  # (N-1+hw, 2 * head width)
         return super()._run_biased(x, bias, options)
 
     def _call(self: Any, block: nn.Module, x: Tensor, **options: Any) -> Tensor:

@@ -156,11 +156,14 @@ class TimmTrunk(MaskAware):
         x = self.pos_drop(x)
         if not hasattr(self, "rope"):
             return x
+        # Unlike `VisionTransformer`, `Eva` drops patches in here, and their part of the rotary embedding with them.
+        x, kept = (x, None) if self.patch_drop is None else self.patch_drop(x)  # (B, P+kept, C), (B, kept)
         if self.rope is None:
             return x, None
         rope = copy.deepcopy(self.rope)  # keeps the sine and cosine of one grid only
         rope.update_feat_shape(list(grid))
-        return x, rope.get_embed()  # (hw, 2 * head width)
+        rotation = rope.get_embed(list(grid))  # (hw, 2 * head width)
+        return x, rotation if kept is None else rotation[kept][:, None]  # or (B, 1, kept, 2 * head width)
 
 
 def transformers_inner(visual: Any) -> Any:
