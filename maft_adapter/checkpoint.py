@@ -1,4 +1,4 @@
-"""Checkpoints of mask-aware towers, weights and settings together, and the authors' released ones."""
+"""Checkpoints of mask-aware towers, weights and settings together, and towers out of other checkpoints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ from .adapt import is_mask_aware, make_mask_aware
 Tower = TypeVar("Tower", bound=nn.Module)
 
 _KEY = "maft_adapter"  # of the file's metadata
-_PREFIX = "IPCLIP."  # of the tower in the authors' checkpoints
+# Where the image tower lies in a checkpoint, the fine-tuned one before frozen copies: the authors' released MAFT,
+# ZSSeg and FreeSeg (two CLIPs, then one), ZegFormer, a whole CLIP, the tower alone.
+_PREFIXES = (
+    "IPCLIP.",
+    "_region_clip_adapter.clip_model.visual.",
+    "clip_adapter.clip_model.visual.",
+    "sem_seg_head.predictor.clip_model.visual.",
+    "visual.",
+    "",
+)
 
 
 def save_mask_aware(visual: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -75,27 +84,56 @@ def load_mask_aware(visual: Tower, path: str | os.PathLike[str]) -> Tower:
     return visual
 
 
-def load_released(visual: Tower, path: str | os.PathLike[str], start_layer: int = 8) -> Tower:
-    """Load the tower of one of the authors' released MAFT checkpoints, in place, and make it mask-aware.
+def visual_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The image tower in a checkpoint, under the keys of the tower alone, on the CPU.
 
     Args:
-        visual: the image tower of the same CLIP in open_clip's or OpenAI's layout, for example ViT-B/16 at 224.
-        path: a `.pt` or `.pth` file with the tower's weights under `IPCLIP.`, at the top or under "model". It is read
-            with `weights_only=True`: nothing in it is executed.
-        start_layer: the authors' code uses 8 whatever its configuration says.
+        path: the authors' released MAFT checkpoint (its `IPCLIP.`), a checkpoint of a host's stage 2 (the CLIP that
+            classifies proposals is taken), a CLIP's or a tower's state_dict; safetensors, or what torch.save wrote,
+            which is read with `weights_only=True`: nothing in it is executed.
 
     Raises:
-        ValueError: the file holds no such weights, or not this tower's; `visual` is unchanged then.
+        ValueError: no image tower in the file.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     state = {"IPCLIP.conv1.weight": torch.zeros(1), "backbone.stem": torch.zeros(1)}
+        ...     torch.save({"model": state}, Path(folder, "maft.pth"))
+        ...     list(visual_weights(Path(folder, "maft.pth")))
+        ['conv1.weight']
     """
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    content = content.get("model", content) if isinstance(content, Mapping) else {}
-    weights = {name.removeprefix(_PREFIX): value for name, value in content.items() if name.startswith(_PREFIX)}
-    if not weights:
-        raise ValueError(f"{path} has no weights under {_PREFIX!r}, where MAFT's code keeps its tower: {_few(content)}")
+    if Path(path).suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        state: dict[str, Any] = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("model", state.get("state_dict", state))
+    prefix = next((prefix for prefix in _PREFIXES if f"{prefix}conv1.weight" in state), None)
+    if prefix is None:
+        raise ValueError(f"{path} holds no CLIP image tower: no key ends in conv1.weight under {_PREFIXES}")
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def load_visual(visual: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load `visual_weights(path)` into an image tower, patched or not; its settings stay what they are.
+
+    The authors' released checkpoints want the tower's defaults, and L = 8 whatever their configuration says.
+
+    Raises ValueError if names or shapes differ; the tower is left as it was then.
+
+    Example:
+        >>> import tempfile
+        >>> tower = nn.Sequential()
+        >>> tower.conv1 = nn.Conv2d(3, 2, 2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({k: v + 1 for k, v in tower.state_dict().items()}, Path(folder, "tower.pth"))
+        ...     load_visual(tower, Path(folder, "tower.pth"))
+    """
+    weights = visual_weights(path)
     _check_weights(visual, weights, str(path))
-    make_mask_aware(visual, start_layer)
     visual.load_state_dict(weights)
-    return visual
 
 
 def save_weights(module: nn.Module, path: str | os.PathLike[str], metadata: dict[str, str] | None = None) -> None:

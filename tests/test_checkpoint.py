@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from maft_adapter import __version__, is_mask_aware, load_mask_aware, make_mask_aware, restore, save_mask_aware
-from maft_adapter.checkpoint import load_released, save_weights
+from maft_adapter import __version__, is_mask_aware, load_mask_aware, make_mask_aware, save_mask_aware
+from maft_adapter.checkpoint import load_visual, save_weights
 
 
 def vit(width: int = 32, **options: Any) -> VisionTransformer:
@@ -119,45 +119,40 @@ def test_a_failing_write_keeps_the_old_file(path: Path, monkeypatch: pytest.Monk
     assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-# The layout of the authors' released files
+# Towers out of other checkpoints
 
 
-@pytest.fixture
-def released(tmp_path: Path) -> Path:
-    """The tower among the other parts of a segmenter, as the authors' training writes it."""
-    weights = {f"IPCLIP.{name}": value for name, value in vit().state_dict().items()}
-    others = {"clip_adapter.clip_model.logit_scale": torch.ones(()), "sem_seg_head.weight": torch.zeros(2)}
-    torch.save({"model": {**others, **weights}, "iteration": 999}, tmp_path / "maft.pt")
-    return tmp_path / "maft.pt"
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_authors_released_layout_is_read(tmp_path: Path, nested: bool, patched: bool) -> None:
+    tower = state(vit())
+    # their segmenter holds frozen CLIPs beside the fine-tuned tower
+    frozen = {f"clip_adapter.clip_model.visual.{name}": torch.zeros_like(value) for name, value in tower.items()}
+    content = {**frozen, "logit_scale": torch.ones(()), **{f"IPCLIP.{name}": value for name, value in tower.items()}}
+    torch.save({"model": content, "iteration": 999} if nested else content, tmp_path / "maft.pt")
+    other = make_mask_aware(vit(), 2) if patched else vit()
+    load_visual(other, tmp_path / "maft.pt")
+    assert equal(state(other), tower) and is_mask_aware(other) == patched
 
 
-@pytest.mark.parametrize("nested", [True, False])
-def test_released_weights_are_read(released: Path, nested: bool) -> None:
-    content = torch.load(released, weights_only=True)["model"]
-    if not nested:
-        torch.save(content, released)
-    tower = load_released(vit(), released, start_layer=2)
-    assert tower.start_layer == 2 and tower.interpolation == "maft"
-    assert equal(state(restore(tower)), {n.removeprefix("IPCLIP."): v for n, v in content.items() if "IPCLIP" in n})
-
-
-def test_released_files_without_the_tower_or_of_another_are_refused(released: Path) -> None:
+def test_a_file_without_the_tower_or_of_another_changes_nothing(tmp_path: Path) -> None:
     other = vit(width=64)
     before = state(other)
+    torch.save({f"IPCLIP.{name}": value for name, value in vit().state_dict().items()}, tmp_path / "maft.pt")
     with pytest.raises(ValueError, match=r"does not fit this VisionTransformer: it has in another shape"):
-        load_released(other, released)
-    torch.save({"model": {"sem_seg_head.weight": torch.zeros(2)}}, released)
-    with pytest.raises(ValueError, match=r"no weights under 'IPCLIP\.'.*: sem_seg_head\.weight"):
-        load_released(other, released)
-    assert equal(state(other), before) and not is_mask_aware(other)
+        load_visual(other, tmp_path / "maft.pt")
+    torch.save({"model": {"sem_seg_head.weight": torch.zeros(2)}}, tmp_path / "maft.pt")
+    with pytest.raises(ValueError, match=r"holds no CLIP image tower"):
+        load_visual(other, tmp_path / "maft.pt")
+    assert equal(state(other), before)
 
 
-def test_released_files_are_not_executed(tmp_path: Path) -> None:
+def test_files_are_not_executed(tmp_path: Path) -> None:
     class Malicious:
         def __reduce__(self) -> Any:
             return Path.touch, (tmp_path / "executed",)
 
-    torch.save({"IPCLIP.proj": Malicious()}, tmp_path / "maft.pt")
+    torch.save({"IPCLIP.conv1.weight": Malicious()}, tmp_path / "maft.pt")
     with pytest.raises(Exception, match=r"(?i)weights.only"):
-        load_released(vit(), tmp_path / "maft.pt")
+        load_visual(vit(), tmp_path / "maft.pt")
     assert not (tmp_path / "executed").exists()
