@@ -14,6 +14,7 @@ import maft_adapter
 
 CHECKOUT = Path(__file__).parent.parent
 PACKAGE = Path(maft_adapter.__file__).parent
+HOSTS = ("freeseg", "zegformer", "zsseg")
 
 needs_checkout = pytest.mark.skipif(
     not (CHECKOUT / "setup.cfg").exists(),
@@ -32,10 +33,13 @@ def distribution() -> importlib.metadata.Distribution:
 @needs_checkout
 def test_wheel_built_from_the_sdist_has_every_file_of_the_package(tmp_path: Path) -> None:
     source = tmp_path / "source"
-    shutil.copytree(CHECKOUT / "maft_adapter", source / "maft_adapter", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("maft_adapter", "integrations"):
+        shutil.copytree(CHECKOUT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(CHECKOUT / name, source)
-    expected = {path.relative_to(source).as_posix() for path in (source / "maft_adapter").rglob("*") if path.is_file()}
+    files = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
+    expected = {file.as_posix() for file in files if file.parts[0] == "maft_adapter"}
+    expected |= {f"maft_adapter/{file.as_posix()}" for file in files if file.parts[0] == "integrations"}
 
     # build's default way: an sdist from the source, then a wheel from the sdist
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist", "source"]
@@ -46,6 +50,32 @@ def test_wheel_built_from_the_sdist_has_every_file_of_the_package(tmp_path: Path
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in names if name.startswith("maft_adapter/")} == expected
     assert any(name.endswith("/LICENSE") for name in names)
+
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    assert imported_shims(tmp_path / "installed") == {
+        host: tmp_path / "installed" / "maft_adapter" / "integrations" / host for host in HOSTS
+    }
+
+
+@needs_checkout
+def test_shims_come_from_the_checkout() -> None:
+    assert imported_shims(CHECKOUT) == {host: CHECKOUT / "integrations" / host for host in HOSTS}
+
+
+def imported_shims(root: Path) -> dict[str, Path]:
+    """The folders that the shims are imported from when `root` is on the path."""
+    program = f"""
+import importlib, pathlib, sys
+sys.path.insert(0, {str(root)!r})
+for host in {HOSTS}:
+    module = importlib.import_module(f"maft_adapter.integrations.{{host}}")
+    print(pathlib.Path(module.__file__).resolve().parent)
+assert not [name for name in sys.modules if name.partition(".")[0] == "detectron2"]
+"""
+    # In the folder above: neither root nor the checkout may be the current one.
+    run = subprocess.run([sys.executable, "-c", program], cwd=root.parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return dict(zip(HOSTS, map(Path, run.stdout.split()), strict=True))
 
 
 @needs_checkout

@@ -1,0 +1,158 @@
+"""What the shims share: recognising a host, the CLIP's input, the mask-aware classifier.
+
+ZSSeg and FreeSeg classify proposals in a module that both call `MaskFormerClipAdapter`; `MaskAwareRegions` is mixed
+into it. Nothing here imports a host or detectron2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapt import make_mask_aware, restore
+from ..towers import MaskAware, restore_class, swap_class
+
+
+def check_host(model: Any, expected: str) -> None:
+    """Raise TypeError unless `model` is the built model of the host `expected`, by what it holds, not by its name.
+
+    Args:
+        model: what the host's `build_model(cfg)` returned.
+        expected: "zegformer", "zsseg" or "freeseg".
+    """
+    name = type(model).__name__
+    if isinstance(getattr(model, "module", None), nn.Module):
+        raise TypeError(f"{name} is a parallel wrapper; patch before wrapping, or pass its .module")
+    found: str | None
+    if hasattr(model, "region_clip_adapter"):
+        found = "freeseg" if hasattr(model, "task_names") else "zsseg"
+    else:
+        found = "zegformer" if hasattr(model, "clip_classification") else None
+    if found is None:
+        raise TypeError(f"{name} is no model of ZegFormer, ZSSeg or FreeSeg; pass what their build_model(cfg) returns")
+    if found != expected:
+        raise TypeError(f"{name} is a model of {found}, not of {expected}; use maft_adapter.integrations.{found}")
+
+
+@dataclass(frozen=True)
+class ClipInput:
+    """How a host's images become the mask-aware CLIP's input: padded as the host pads them, then resized.
+
+    Attributes:
+        size: side in pixels of the square that the padded image is squashed to (the paper's 480).
+        keep_aspect_ratio: instead, make the shorter side `size` and round the longer one to the patch size.
+        divisor: the host's `size_divisibility`; 0 and 1 pad to the largest image only.
+        patch_size: of the tower; `size` must be a multiple of it.
+
+    Raises ValueError if `size` is no positive multiple of `patch_size`.
+
+    Example:
+        >>> ClipInput(divisor=32, patch_size=16)([torch.zeros(3, 100, 200)]).shape
+        torch.Size([1, 3, 480, 480])
+        >>> ClipInput(divisor=32, patch_size=16, keep_aspect_ratio=True)([torch.zeros(3, 100, 200)]).shape
+        torch.Size([1, 3, 480, 832])
+    """
+
+    divisor: int
+    patch_size: int
+    size: int = 480
+    keep_aspect_ratio: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size <= 0 or self.size % self.patch_size:
+            size, patch = self.size, self.patch_size
+            nearest = max(1, round(size / patch)) * patch
+            raise ValueError(f"size is {size}, expected a multiple of the patch size {patch}; take {nearest}")
+
+    def __call__(self, images: Sequence[Tensor]) -> Tensor:
+        """Images (3, h, w), normalised as CLIP's -> (B, 3, H, W), bilinear as the authors resize."""
+        padded = self.pad(images)  # (B, 3, H', W')
+        size = (self.size, self.size)
+        if self.keep_aspect_ratio:
+            scale = self.size / min(padded.shape[-2:])
+            height, width = (round(side * scale / self.patch_size) * self.patch_size for side in padded.shape[-2:])
+            size = height, width
+        return F.interpolate(padded, size=size, mode="bilinear", align_corners=False)  # (B, 3, H, W)
+
+    def pad(self, tensors: Sequence[Tensor]) -> Tensor:
+        """(c, h, w) tensors -> (B, c, H, W), filled up with 0 at the right and the bottom as detectron2 does."""
+        divisor = max(self.divisor, 1)
+        height, width = (-(-max(t.shape[dim] for t in tensors) // divisor) * divisor for dim in (-2, -1))
+        return torch.stack([F.pad(t, (0, width - t.shape[-1], 0, height - t.shape[-2])) for t in tensors])
+
+
+def clip_patch_size(visual: Any) -> int:
+    """Pixels that one token of OpenAI's image towers covers: a ViT's patch, 32 for a ResNet."""
+    return int(visual.conv1.stride[0]) if hasattr(visual, "class_embedding") else 32
+
+
+class Regions(NamedTuple):
+    """An image and the proposals to classify, in place of the host's crops."""
+
+    image: Tensor  # (3, h, w), normalised
+    masks: Tensor  # (n, h, w) in [0, 1]
+
+
+class MaskAwareRegions(MaskAware):
+    """Mixed into the `MaskFormerClipAdapter` of ZSSeg and FreeSeg: one IP-CLIP pass instead of crops.
+
+    The adapter's own `forward` still runs, and with it its text features, background embedding and temperature;
+    the two of its methods that made and encoded crops are replaced. The host's MASK_THR still says which proposals
+    are valid and which of their pixels count.
+    """
+
+    settings = ("clip_input",)
+    clip_input: ClipInput
+
+    def _preprocess_image(self: Any, image: Tensor, mask: Tensor, normalize: bool = True) -> Any:
+        valid = (mask > self.mask_thr).flatten(1).any(-1)  # (N,)
+        if not valid.any():
+            return None, valid
+        image = image.to(mask.dtype)  # (3, h, w)
+        if normalize:
+            image = (image - self.pixel_mean[0]) / self.pixel_std[0]
+        return Regions(image, mask[valid]), valid
+
+    def get_image_features(self: Any, image: Any) -> Tensor:
+        if not isinstance(image, Regions):
+            return super().get_image_features(image)  # type: ignore[misc]
+        visual = self.clip_model.visual
+        images = self.clip_input([image.image]).to(visual.conv1.weight.dtype)  # (1, 3, H, W)
+        masks = self.clip_input.pad([image.masks])  # (1, n, H', W'); padding lies in no proposal
+        features = visual(images, masks)[0]  # (n, D)
+        return features / features.norm(dim=-1, keepdim=True)
+
+
+def patch_regions(
+    model: Any, host: str, mixin: type[MaskAwareRegions], start_layer: int, size: int, keep_aspect_ratio: bool
+) -> Any:
+    """`patch` of ZSSeg and FreeSeg; see there."""
+    check_host(model, host)
+    adapter = model.region_clip_adapter
+    visual = adapter.clip_model.visual
+    if not model.clip_ensemble:
+        raise ValueError(f"{host} never asks CLIP here: build it with MODEL.CLIP_ADAPTER.CLIP_ENSEMBLE True")
+    clip_input = ClipInput(model.size_divisibility, clip_patch_size(visual), size, keep_aspect_ratio)
+    make_mask_aware(visual, start_layer, threshold=adapter.mask_thr)
+    if not isinstance(adapter, MaskAwareRegions):
+        swap_class(adapter, mixin)
+    adapter.clip_input = clip_input
+    return model
+
+
+def unpatch_regions(model: Any, host: str) -> Any:
+    """`unpatch` of ZSSeg and FreeSeg; see there."""
+    check_host(model, host)
+    adapter: Any = model.region_clip_adapter
+    if not isinstance(adapter, MaskAwareRegions):
+        raise ValueError(f"{type(model).__name__} is not patched: there is nothing to undo")
+    if isinstance(model, MaskAware):
+        restore_class(model)
+    restore_class(adapter)
+    restore(model.region_clip_adapter.clip_model.visual)
+    return model
