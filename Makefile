@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: help install test lint types notebooks demo benchmark ci
+.PHONY: help install test lint types notebooks demo benchmark coverage ci
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ demo:  ## the paper's Table 4(a) on the embedded world
 
 benchmark:  ## the encoder against plain CLIP, the dense form and crops
 	$(PYTHON) -m benchmarks.encoder
+
+coverage:  ## every configuration of open_clip's image towers
+	$(PYTHON) -m benchmarks.coverage
 
 ci:  ## all of the above that a change has to pass, in a fresh environment
 	.ci/run
