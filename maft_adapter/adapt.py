@@ -15,6 +15,8 @@ from .towers.sizes import INTERPOLATIONS
 
 Tower = TypeVar("Tower", bound=nn.Module)
 
+_PARALLEL = nn.parallel.DistributedDataParallel, nn.DataParallel
+
 
 def make_mask_aware(
     visual: Tower, start_layer: int = 8, *, interpolation: str = "maft", threshold: float = 0.5
@@ -23,7 +25,8 @@ def make_mask_aware(
 
     Returns the same object. Afterwards:
 
-    - `visual(images)` is bit-identical to before, and images of other sizes work, too.
+    - `visual(images)` is bit-identical to before at the tower's own image size, and other sizes work, too, with the
+      `interpolation` below, also in hosts that had one of their own.
     - `visual(images, masks)` gives one embedding a proposal, (B, N, D).
     - `visual(images, masks, with_image=True)` gives the proposals' embeddings (B, N, D) and the plain image
       embedding (B, D), and runs what both share once.
@@ -31,7 +34,9 @@ def make_mask_aware(
     Images are (B, 3, H, W) as the tower always took them, of any H x W that its patch or stride divides. Masks are
     (B, N, H', W') bool or float in [0, 1], N >= 0, over the same picture at any resolution. How a mask enters
     depends on the tower's family: class token (the paper's Sec. 4.1), learned query, attention pool (Sec. 5.5) or
-    average; see the modules of `maft_adapter.towers`. A second call only changes the settings.
+    average; see the modules of `maft_adapter.towers`. A second call sets all settings anew: what it leaves out becomes
+    the default again. With masks, the blocks of a class-token tower are called one by one: hooks on them fire, hooks on
+    the containers around them do not.
 
     Args:
         visual: `clip.visual` of an open_clip or OpenAI CLIP, or transformers' `CLIPVisionModel`,
@@ -187,6 +192,9 @@ def encode_masks_and_image(
 def valid_masks(visual: Any, images: Tensor, masks: Tensor) -> Tensor:
     """Which proposals contain a patch of the token grid -> (B, N) bool; the embeddings of others say nothing.
 
+    Towers that average weigh every cell by its share, so for them it is every mask that is not 0 throughout; binarise
+    soft proposals for them, `masks > 0.5`.
+
     Args:
         visual: a mask-aware tower.
         images: (B, 3, H, W); only the shape is read.
@@ -201,6 +209,7 @@ def valid_masks(visual: Any, images: Tensor, masks: Tensor) -> Tensor:
         >>> valid_masks(visual, torch.zeros(1, 3, 224, 224), torch.tensor([1.0, 0.0]).reshape(1, 2, 1, 1))
         tensor([[ True, False]])
     """
+    visual = _unwrapped(visual)
     if not is_mask_aware(visual):
         raise TypeError(f"{type(visual).__name__} is not mask-aware; call make_mask_aware on it first")
     check_masks(masks, batch=len(images))
@@ -209,9 +218,15 @@ def valid_masks(visual: Any, images: Tensor, masks: Tensor) -> Tensor:
 
 def _tower(clip_model: Any) -> Any:
     visual = getattr(clip_model, "visual", None)
-    if visual is None or not is_mask_aware(visual):
+    if visual is None or not is_mask_aware(_unwrapped(visual)):
         raise TypeError("clip_model.visual is not mask-aware; call make_mask_aware(clip_model.visual) first")
     return visual
+
+
+def _unwrapped(visual: Any) -> Any:
+    """The tower inside torch.compile's or a parallel wrapper."""
+    visual = getattr(visual, "_orig_mod", visual)
+    return visual.module if isinstance(visual, _PARALLEL) else visual
 
 
 def _unpad(embeddings: Tensor, masks: Tensor | Sequence[Tensor]) -> Any:
@@ -228,7 +243,7 @@ def _refuse_wrappers(visual: Any) -> None:
         raise TypeError(f"{name} is TorchScript, whose code is fixed; patch the eager model (jit=False)")
     if hasattr(visual, "_orig_mod"):
         raise TypeError(f"{name} is a torch.compile wrapper; patch before compiling, or pass its ._orig_mod")
-    if isinstance(visual, nn.parallel.DistributedDataParallel | nn.DataParallel):
+    if isinstance(visual, _PARALLEL):
         raise TypeError(f"{name} is a parallel wrapper; patch before wrapping, or pass its .module")
     if isinstance(getattr(visual, "visual", None), nn.Module):
         raise TypeError(f"{name} is a whole CLIP model; pass its image tower: make_mask_aware(model.visual)")

@@ -51,7 +51,8 @@ def save_mask_aware(visual: nn.Module, path: str | os.PathLike[str]) -> None:
         True
     """
     if not is_mask_aware(visual):
-        raise TypeError(f"{type(visual).__name__} is not mask-aware; call make_mask_aware on it first")
+        name = type(visual).__name__
+        raise TypeError(f"{name} is not mask-aware; call make_mask_aware on it, or pass the tower inside a wrapper")
     tower: Any = visual
     settings = {name: getattr(tower, name) for name in tower.settings}
     header = {"version": __version__, "tower": _host_name(visual), "settings": settings}
@@ -69,15 +70,15 @@ def load_mask_aware(visual: Tower, path: str | os.PathLike[str]) -> Tower:
         ValueError: the file was not written by `save_mask_aware`, or its weights are not this tower's: missing,
             unexpected and misshapen ones are named. The tower is unchanged then.
     """
-    from safetensors import safe_open
     from safetensors.torch import load_file
 
-    with safe_open(path, framework="pt") as file:
-        header = (file.metadata() or {}).get(_KEY)
-    if header is None:
-        raise ValueError(f"{path} holds no settings of maft_adapter; read plain weights with load_state_dict")
+    written = _header(path)
+    if written is None:
+        raise ValueError(f"{path} holds no settings of maft_adapter; load_visual reads plain weights")
+    unknown = written["settings"].keys() - {"start_layer", "interpolation", "threshold"}
+    if unknown:
+        raise ValueError(f"{path} is of version {written['version']}, whose settings {unknown} are unknown here")
     weights = load_file(path)
-    written = json.loads(header)
     _check_weights(visual, weights, f"{path}, a {written['tower']},")
     make_mask_aware(visual, **written["settings"])
     visual.load_state_dict(weights)
@@ -89,8 +90,9 @@ def visual_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Args:
         path: the authors' released MAFT checkpoint (its `IPCLIP.`), a checkpoint of a host's stage 2 (the CLIP that
-            classifies proposals is taken), a CLIP's or a tower's state_dict; safetensors, or what torch.save wrote,
-            which is read with `weights_only=True`: nothing in it is executed.
+            classifies proposals is taken), the state_dict of a CLIP or tower in open_clip's or OpenAI's own layout, ViT
+            or ResNet; safetensors, or what torch.save wrote, which is read with `weights_only=True`: nothing in it is
+            executed.
 
     Raises:
         ValueError: no image tower in the file.
@@ -109,10 +111,11 @@ def visual_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         state: dict[str, Any] = load_file(path)
     else:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("model", state.get("state_dict", state))
+        state = state.get("model", state.get("state_dict", state)) if isinstance(state, Mapping) else {}
     prefix = next((prefix for prefix in _PREFIXES if f"{prefix}conv1.weight" in state), None)
     if prefix is None:
-        raise ValueError(f"{path} holds no CLIP image tower: no key ends in conv1.weight under {_PREFIXES}")
+        places = ", ".join(f"{prefix}conv1.weight" for prefix in _PREFIXES)
+        raise ValueError(f"{path} holds no CLIP image tower; looked for {places}")
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
@@ -121,7 +124,8 @@ def load_visual(visual: nn.Module, path: str | os.PathLike[str]) -> None:
 
     The authors' released checkpoints want the tower's defaults, and L = 8 whatever their configuration says.
 
-    Raises ValueError if names or shapes differ; the tower is left as it was then.
+    Raises ValueError if names or shapes differ, or a file of `save_mask_aware` was saved with another start layer or
+    interpolation than a patched tower has; the tower is left as it was then.
 
     Example:
         >>> import tempfile
@@ -133,6 +137,12 @@ def load_visual(visual: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     weights = visual_weights(path)
     _check_weights(visual, weights, str(path))
+    written = _header(path)
+    if written is not None and is_mask_aware(visual):
+        # Not the threshold, which is a host's own.
+        differ = {n: v for n, v in written["settings"].items() if n != "threshold" and getattr(visual, n) != v}
+        if differ:
+            raise ValueError(f"{path} was saved with {differ}, unlike this tower; set that, or call load_mask_aware")
     visual.load_state_dict(weights)
 
 
@@ -148,16 +158,36 @@ def save_weights(module: nn.Module, path: str | os.PathLike[str], metadata: dict
     from safetensors.torch import save
 
     data = save({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, metadata)
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays one
+    mode = path.stat().st_mode if path.exists() else 0o666 & ~_umask()
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
         try:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+            os.chmod(file.name, mode)
             os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)
             raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # there is no way to read it without setting it
+    os.umask(mask)
+    return mask
+
+
+def _header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What `save_mask_aware` wrote beside the weights; None for other files."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(_KEY)
+    except SafetensorError:
+        return None
+    return None if header is None else json.loads(header)
 
 
 def _host_name(visual: nn.Module) -> str:

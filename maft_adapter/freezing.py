@@ -42,8 +42,8 @@ def trainable_parameters(visual: nn.Module, freeze: str = "paper") -> list[nn.Pa
     and ln_post train. A pool with a learned query trains in every row.
 
     Args:
-        visual: a ViT that `make_mask_aware` takes, adapted or not. It is changed in place, whatever
-            `requires_grad` was before; values stay.
+        visual: a ViT with a class token or a pool with a learned query, adapted or not. It is changed in place,
+            whatever `requires_grad` was before; values stay.
         freeze: one of the names above.
 
     Returns:

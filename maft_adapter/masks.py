@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def check_masks(masks: Tensor, batch: int) -> None:
+def check_masks(masks: Tensor, batch: int, device: torch.device | None = None) -> None:
     """Raise unless `masks` are proposals for `batch` images: (B, N, H, W), bool or float in [0, 1].
 
     Raises:
         TypeError: not a tensor, or neither bool nor floating point.
-        ValueError: wrong shape or batch, NaN, or values outside [0, 1] (logits).
+        ValueError: wrong shape or batch, another device than `device`, NaN, or values outside [0, 1] (logits).
     """
     if not isinstance(masks, Tensor):
         raise TypeError(f"masks are a (B, N, H, W) tensor, got {type(masks).__name__}")
@@ -24,6 +24,8 @@ def check_masks(masks: Tensor, batch: int) -> None:
         raise ValueError(f"masks are (B, N, H, W), got {tuple(masks.shape)}; one image's need masks[None]")
     if masks.shape[0] != batch:
         raise ValueError(f"masks are for {masks.shape[0]} images, but {batch} images were given")
+    if device is not None and masks.device != device:
+        raise ValueError(f"masks are on {masks.device}, images on {device}; call masks.to(images.device)")
     if masks.is_floating_point():
         check_unit_range("masks", masks, "logits need .sigmoid(), and masks are without NaN")
 

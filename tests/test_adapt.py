@@ -290,6 +290,36 @@ def test_compiles_to_one_graph_for_any_number_of_proposals(tower: Any, images: T
     assert len(graphs) == 1
 
 
+@torch.no_grad()
+def test_wrapped_towers_are_taken_where_masks_are_encoded(tower: Any, images: Tensor, masks: Tensor) -> None:
+    expected = make_mask_aware(tower, 1)(images, masks)
+    for wrapped in (torch.compile(tower, backend="eager"), nn.DataParallel(tower)):
+        clip = SimpleNamespace(visual=wrapped)
+        close(encode_masks(clip, images, masks), expected)
+        assert torch.equal(valid_masks(wrapped, images, masks), valid_masks(tower, images, masks))
+
+
+@torch.no_grad()
+def test_images_are_cast_to_the_towers_precision(tower: Any, images: Tensor, masks: Tensor) -> None:
+    make_mask_aware(tower, 1).bfloat16()
+    assert tower(images, masks).dtype == torch.bfloat16
+
+
+def test_masks_on_another_device_are_refused(tower: Any, images: Tensor, masks: Tensor) -> None:
+    make_mask_aware(tower, 1)
+    with pytest.raises(ValueError, match=r"masks are on meta, images on cpu; call masks\.to\(images\.device\)"):
+        tower(images, masks.to("meta"))
+
+
+@torch.no_grad()
+def test_a_native_size_that_the_patch_does_not_divide(build_tower: Any) -> None:
+    tower = build_tower(image_size=34)
+    images = torch.randn(1, 3, 34, 34)
+    before = tower(images)
+    assert torch.equal(make_mask_aware(tower, 3)(images), before)
+    close(tower(images, torch.ones(1, 1, 34, 34))[:, 0], before)  # no block is mask-aware: plain CLIP
+
+
 # One pass for proposals and image, and whole CLIP models
 
 

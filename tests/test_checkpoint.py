@@ -96,12 +96,47 @@ def test_a_mismatch_is_refused_by_name_and_changes_nothing(path: Path, build: An
 
 def test_plain_weights_are_not_taken_for_a_checkpoint(path: Path) -> None:
     save_file(vit().state_dict(), path)
-    with pytest.raises(ValueError, match=r"holds no settings of maft_adapter; read plain weights with load_state_dict"):
+    with pytest.raises(ValueError, match=r"holds no settings of maft_adapter; load_visual reads plain weights"):
         load_mask_aware(vit(), path)
 
 
+def test_other_files_are_not_taken_for_a_checkpoint(path: Path) -> None:
+    torch.save(vit().state_dict(), path)
+    with pytest.raises(ValueError, match=r"holds no settings of maft_adapter"):
+        load_mask_aware(vit(), path)
+    header = {"version": "9.0", "tower": "VisionTransformer", "settings": {"start_layer": 1, "temperature": 2}}
+    save_weights(vit(), path, {"maft_adapter": json.dumps(header)})
+    with pytest.raises(ValueError, match=r"is of version 9\.0, whose settings {'temperature'} are unknown here"):
+        load_mask_aware(vit(), path)
+
+
+def test_load_visual_does_not_pass_over_the_settings_of_a_checkpoint(path: Path) -> None:
+    save_mask_aware(make_mask_aware(vit(), 1, interpolation="open_clip"), path)
+    other = make_mask_aware(vit(), 2)
+    before = state(other)
+    message = r"was saved with {'start_layer': 1, 'interpolation': 'open_clip'}.*call load_mask_aware"
+    with pytest.raises(ValueError, match=message):
+        load_visual(other, path)
+    assert equal(state(other), before)
+    load_visual(make_mask_aware(other, 1, interpolation="open_clip", threshold=0.4), path)
+    assert equal(state(other), load_file(path))
+
+
+def test_mode_and_link_of_a_file_stay(path: Path) -> None:
+    save_weights(nn.Linear(2, 2), path)
+    plain = path.with_name("plain")
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode
+    path.chmod(0o640)
+    link = path.with_name("link.safetensors")
+    link.symlink_to(path)
+    save_weights(nn.Linear(3, 3), link)
+    assert link.is_symlink() and path.stat().st_mode & 0o777 == 0o640
+    assert load_file(path)["weight"].shape == (3, 3)
+
+
 def test_an_unpatched_tower_is_not_saved(path: Path) -> None:
-    with pytest.raises(TypeError, match="VisionTransformer is not mask-aware; call make_mask_aware on it first"):
+    with pytest.raises(TypeError, match="VisionTransformer is not mask-aware; call make_mask_aware on it"):
         save_mask_aware(vit(), path)
     assert not path.exists()
 

@@ -413,19 +413,17 @@ def test_failing_forward_leaves_nothing_behind(model: Any, batch: list[dict[str,
     assert all(torch.equal(a, b) for a, b in zip(run(model, batch), expected, strict=True))
 
 
-def test_both_ensembles_at_once_are_refused(model: Any, batch: list[dict[str, Any]]) -> None:
-    patch(model, start_layer=1)
-    model.ensembling = model.ensembling_all_cls = True
-    with pytest.raises(ValueError, match="ENSEMBLING and ENSEMBLING_ALL_CLS"):
-        run(model, batch)
-
-
 @pytest.mark.parametrize(
     "spoil, error, message",
     [
         (lambda model: delattr(model, "clip_classification"), TypeError, "no model of ZegFormer"),
         (lambda model: setattr(model, "region_clip_adapter", None), TypeError, "a model of zsseg, not of zegformer"),
         (lambda model: setattr(model, "clip_classification", False), ValueError, "CLIP_CLASSIFICATION True"),
+        (
+            lambda model: vars(model).update(ensembling=True, ensembling_all_cls=True),
+            ValueError,
+            "ENSEMBLING and ENSEMBLING_ALL_CLS",
+        ),
         (lambda model: delattr(model.sem_seg_head.predictor, "clip_model"), ValueError, "no CLIP is attached"),
         (lambda model: delattr(model.sem_seg_head.predictor, "text_features_test_clip"), ValueError, "WORDVEC"),
     ],

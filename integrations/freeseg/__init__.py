@@ -48,7 +48,7 @@ def patch(model: Any, start_layer: int = 8, size: int = 480, keep_aspect_ratio: 
 def unpatch(model: Any) -> Any:
     """Undo `patch`, and stage 2 where it was prepared: the outputs are bit-identical to before. Returns `model`.
 
-    Raises TypeError on another host's model, ValueError if the model is not patched.
+    What stage 2 froze stays frozen. Raises TypeError on another host's model, ValueError if the model is not patched.
     """
     return unpatch_regions(model, "freeseg")
 

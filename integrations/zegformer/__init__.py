@@ -52,8 +52,8 @@ def patch(model: Any, start_layer: int = 8, size: int = 480, keep_aspect_ratio: 
 
     Raises:
         TypeError: another host's model, or a parallel wrapper.
-        ValueError: no CLIP is attached, an unsupported tower or start layer, or a size that the patch size does not
-            divide. Nothing has been changed then.
+        ValueError: no CLIP is attached, both ensembles are set, an unsupported tower or start layer, or a size that the
+            patch size does not divide. Nothing has been changed then.
     """
     check_host(model, "zegformer")
     patched = isinstance(model, _MaskAwareZegFormer)
@@ -65,6 +65,8 @@ def patch(model: Any, start_layer: int = 8, size: int = 480, keep_aspect_ratio: 
         )
     if not hasattr(predictor, "text_features_test_clip"):
         raise ValueError("CLIP has no text embeddings; build ZegFormer with MODEL.SEM_SEG_HEAD.WORDVEC False")
+    if model.ensembling and model.ensembling_all_cls:
+        raise ValueError("ENSEMBLING and ENSEMBLING_ALL_CLS are both set; ZegFormer takes one of them or none")
     tower = visual(model)
     clip_input = ClipInput(model.size_divisibility, clip_patch_size(tower), size, keep_aspect_ratio)
     make_mask_aware(tower, start_layer)
@@ -79,8 +81,8 @@ def patch(model: Any, start_layer: int = 8, size: int = 480, keep_aspect_ratio: 
 def unpatch(model: Any) -> Any:
     """Undo `patch`, and stage 2 where it was prepared: the outputs are bit-identical to before. Returns `model`.
 
-    Weights stay what they are. Stage 2 made them float32, which the host's own classifier refuses: its
-    `mask_former.third_party.model.convert_weights(clip_model)` brings float16 back.
+    Weights stay what they are, and what stage 2 froze stays frozen. It made them float32, which the host's own
+    classifier refuses: its `mask_former.third_party.model.convert_weights(clip_model)` brings float16 back.
 
     Raises TypeError on another host's model, ValueError if the model is not patched.
     """
@@ -155,8 +157,6 @@ def _proposals(model: Any, batched_inputs: Sequence[dict[str, Any]], outputs: di
 
 def _class_scores(model: Any, mask_cls: Tensor, embeddings: Tensor) -> Tensor:
     """Logits of A^p (N, K+1) and embeddings (N, D) -> (N, K) scores, combined as the configuration says."""
-    if model.ensembling and model.ensembling_all_cls:
-        raise ValueError("ENSEMBLING and ENSEMBLING_ALL_CLS are both set; ZegFormer takes one of them or none")
     predictor = model.sem_seg_head.predictor
     features = embeddings / embeddings.norm(dim=-1, keepdim=True)  # (N, D)
     # In CLIP's own precision, as the host: in float16 that rounds the logits to steps of 1/64.

@@ -1,4 +1,4 @@
-"""Families of image towers, one module each: `recognise(visual)`, `check(visual, start_layer)`, `patch(visual)`.
+"""Families of image towers, one module each: `recognise(visual)`, then `check` and `patch`, of (visual, start_layer).
 
 A tower is patched by giving the same object another class, made once per host class and registered nowhere:
 parameters, hooks, optimizers and state_dict keys stay what they were, and undoing it is exact.
@@ -40,7 +40,7 @@ class MaskAwareTower(MaskAware):
         if options:
             raise TypeError(f"with masks the tower gives embeddings only and takes no {', '.join(options)}")
         grid = self.token_grid(x)
-        check_masks(masks, batch=x.shape[0])
+        check_masks(masks, batch=x.shape[0], device=x.device)
         return self.encode(x, masks, grid, with_image)
 
     def plain(self, images: Tensor, **options: Any) -> Any:
@@ -63,9 +63,9 @@ class MaskAwareTower(MaskAware):
 
 @functools.cache
 def _mask_aware_class(mixin: type, host: type) -> type:
-    # The host's place, under which transformers looks up what a model can record and whether its attention can be set.
-    place = {"__module__": host.__module__, "__qualname__": host.__qualname__}
-    return type(f"MaskAware{host.__name__}", (mixin, host), place)
+    # The host's name and place: transformers looks up by them what a model can record and whether its attention can be
+    # set, and save_pretrained writes the name down.
+    return type(host.__name__, (mixin, host), {"__module__": host.__module__, "__qualname__": host.__qualname__})
 
 
 def _new(mixin: type, host: type) -> Any:
@@ -84,11 +84,18 @@ def restore_class(module: Any) -> None:
     module.__class__ = type(module).__bases__[1]
 
 
-def divide_into_patches(images: Tensor, stride: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the token grid of images (B, 3, H, W), or ValueError that says what is wrong."""
-    if images.ndim != 4 or images.shape[0] == 0 or images.shape[1] != 3:
-        raise ValueError(f"images are (B, 3, H, W) with B >= 1, got {tuple(images.shape)}")
+def divide_into_patches(
+    images: Tensor, stride: tuple[int, int], native: tuple[Any, Any] = (None, None), channels: int = 3
+) -> tuple[int, int]:
+    """Height and width of the token grid of images (B, 3, H, W), or ValueError that says what is wrong.
+
+    `native` is the image size that the tower was made for, which the stride need not divide, and its grid.
+    """
+    if images.ndim != 4 or images.shape[0] == 0 or images.shape[1] != channels:
+        raise ValueError(f"images are (B, {channels}, H, W) with B >= 1, got {tuple(images.shape)}")
     (h, w), (height, width) = images.shape[2:], stride
+    if (h, w) == native[0]:
+        return native[1]
     if h % height or w % width or not h or not w:
         raise ValueError(f"images of {h}x{w} do not divide into {height}x{width} patches; resize or pad")
     return h // height, w // width

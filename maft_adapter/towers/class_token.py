@@ -56,7 +56,11 @@ def recognise(visual: Any) -> bool:
 
 
 def check(visual: Any, start_layer: int) -> None:
-    """Raise ValueError, naming what is unknown, unless `patch` computes exactly this tower."""
+    """Raise ValueError, naming what is unknown, unless the tower is built of parts that `patch` computes.
+
+    What is seen are children, parameters and settings. A subclass that does other arithmetic with the very same ones
+    is beyond it.
+    """
     blocks = _blocks(visual)
     if type(start_layer) is not int or not 0 <= start_layer <= len(blocks):
         raise ValueError(f"start_layer is {start_layer!r}, expected an int in 0..{len(blocks)} (the depth)")
@@ -201,7 +205,7 @@ class _OpenClipTower(OpenClipViT, _ClipTower):
 
 class _OpenAITower(_ClipTower):
     def plain(self: Any, images: Tensor, **options: Any) -> Any:
-        if self.token_grid(images) == native_grid(self):
+        if options or self.token_grid(images) == native_grid(self):
             return super().plain(images, **options)
         return self._head(self._run(self.embed(images), {})[:, :1])[:, 0]  # (B, D)
 

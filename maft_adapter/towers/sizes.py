@@ -73,11 +73,13 @@ class ClipViT(MaskAwareTower):
     """Of open_clip's and OpenAI's ViT, beside a family's own mixin."""
 
     def token_grid(self: Any, images: Tensor) -> tuple[int, int]:
-        return divide_into_patches(images, self.conv1.stride)
+        native = getattr(self, "image_size", None), native_grid(self)
+        return divide_into_patches(images, self.conv1.stride, native, self.conv1.in_channels)
 
     def embed(self: Any, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) of any size -> tokens (B, 1+hw, width)."""
-        patches = rearrange(self.conv1(images), "b c h w -> b (h w) c")  # (B, hw, width)
+        # OpenAI's models hold half precision on a GPU and cast what they are given.
+        patches = rearrange(self.conv1(images.to(self.conv1.weight.dtype)), "b c h w -> b (h w) c")  # (B, hw, width)
         class_token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)  # (B, 1, width)
         grid = self.token_grid(images)
         position = interpolate_position(self.positional_embedding, native_grid(self), grid, self.interpolation)
@@ -110,9 +112,7 @@ def check_timm_vit(trunk: Any) -> None:
 def timm_grid(trunk: Any, images: Tensor) -> tuple[int, int]:
     """Token grid of images (B, 3, H, W) for a timm ViT, or ValueError if they do not fit."""
     (height, width), (rows, columns) = trunk.patch_embed.img_size, trunk.patch_embed.grid_size
-    if tuple(images.shape[2:]) == (height, width):  # which the patch need not divide
-        return rows, columns
-    return divide_into_patches(images, (height // rows, width // columns))
+    return divide_into_patches(images, (height // rows, width // columns), ((height, width), (rows, columns)))
 
 
 class TimmPatchEmbed(MaskAware):
@@ -194,9 +194,7 @@ class TransformersTower(MaskAwareTower):
     def token_grid(self, images: Tensor) -> tuple[int, int]:
         embeddings = transformers_inner(self).embeddings
         size, patch = embeddings.image_size, embeddings.patch_size
-        if tuple(images.shape[2:]) == (size, size):  # which the patch need not divide
-            return size // patch, size // patch
-        return divide_into_patches(images, (patch, patch))
+        return divide_into_patches(images, (patch, patch), ((size, size), (size // patch, size // patch)))
 
 
 class TransformersEmbeddings(MaskAware):
