@@ -30,6 +30,31 @@ def test_proposals_are_distinct_sorted_and_repeatable():
     assert np.array_equal(masks, propose_masks(image.copy(), most=30, max_iou=0.6))
 
 
+def test_small_regions_and_those_that_do_not_stand_out_are_left_out():
+    image = np.full((64, 64, 3), 200, np.uint8)
+    image[8:40, 8:40] = [220, 30, 30]  # red, left half a little darker: 12 % and 25 % of the picture
+    image[8:40, 8:24] = [196, 30, 30]
+    image[50:56, 50:56] = [30, 40, 200]  # less than 1 % of it
+    square, half, spot = np.zeros((3, 64, 64), bool)
+    square[8:40, 8:40] = half[8:40, 8:24] = spot[50:56, 50:56] = True
+
+    def found(region, **options):
+        return max(iou(mask, region) for mask in propose_masks(image, scales=(1.0,), **options)) > 0.8
+
+    assert found(square) and found(half) and not found(spot)
+    assert found(spot, min_area=0.0)
+    assert found(square, min_contrast=0.9) and not found(half, min_contrast=0.9)
+
+
+def test_filters_only_leave_out_what_the_proposals_hold():
+    image = render_scene(5).image
+    everything = {mask.tobytes() for mask in propose_masks(image, most=1000, max_iou=1.0, min_area=0.0)}
+    kept = propose_masks(image, most=1000, max_iou=1.0, min_area=0.03, min_contrast=0.4)
+    assert kept[0].all()  # the whole picture is merged with nothing
+    assert 1 < len(kept) < len(everything) / 2 and all(mask.tobytes() in everything for mask in kept)
+    assert min(mask.mean() for mask in kept) >= 0.03
+
+
 def test_most_regions_of_the_world_are_covered():
     best = []
     for seed in range(6):
