@@ -420,7 +420,7 @@ def test_failing_forward_leaves_nothing_behind(model: Any, batch: list[dict[str,
         (lambda model: setattr(model, "region_clip_adapter", None), TypeError, "a model of zsseg, not of zegformer"),
         (lambda model: setattr(model, "clip_classification", False), ValueError, "CLIP_CLASSIFICATION True"),
         (
-            lambda model: vars(model).update(ensembling=True, ensembling_all_cls=True),
+            lambda model: model.__dict__.update(ensembling=True, ensembling_all_cls=True),
             ValueError,
             "ENSEMBLING and ENSEMBLING_ALL_CLS",
         ),

@@ -118,7 +118,7 @@ def test_shipped_weights_know_the_world_and_random_ones_do_not():
     scenes = [pretraining_scene((77, i)) for i in range(240)]
     images, present = np.stack([scene.image for scene in scenes]), [scene.present for scene in scenes]
     precision, accuracy = evaluate(load_clip(), images, present)
-    assert precision > 0.45 and accuracy > 0.85
+    assert precision > 0.55 and accuracy > 0.9
     torch.manual_seed(0)
     precision, accuracy = evaluate(create_clip(), images, present)
     assert precision < 0.3 and accuracy < 0.2
