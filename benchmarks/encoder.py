@@ -39,7 +39,7 @@ from maft_adapter.attention import dense_block
 from maft_adapter.baselines import encode_crops
 from maft_adapter.macs import count_macs
 from maft_adapter.masks import attention_bias
-from maft_adapter.towers.sizes import interpolate_position, native_grid
+from maft_adapter.towers.layouts import interpolate_position, native_grid
 
 Run = Callable[[], object]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .masks import check_masks, pad_masks
 from .towers import FAMILIES, MaskAware, MaskAwareTower, restore_class
-from .towers.sizes import INTERPOLATIONS
+from .towers.layouts import INTERPOLATIONS
 
 Tower = TypeVar("Tower", bound=nn.Module)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from maft_adapter import make_mask_aware, restore
-from maft_adapter.towers import FAMILIES, MaskAware, class_token, sizes
+from maft_adapter.towers import FAMILIES, MaskAware, class_token, layouts
 
 
 def test_recognised_and_accepted_by_one_family(tower: Any) -> None:
@@ -29,13 +29,13 @@ def test_only_the_tower_and_its_blocks_from_the_start_layer_on_are_swapped(tower
 
 def test_native_grid(tower: Any) -> None:
     height, width = getattr(tower, "image_size", (32, 32))
-    assert sizes.native_grid(tower) == (height // 8, width // 8)
+    assert layouts.native_grid(tower) == (height // 8, width // 8)
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (7, 7), (3, 9), (1, 1), (30, 30)])
 def test_position_is_interpolated_bicubically_between_the_corners(grid: tuple[int, int]) -> None:
     embedding = torch.randn(1 + 4 * 4, 6, generator=torch.Generator().manual_seed(0))
-    actual = sizes.interpolate_position(embedding, (4, 4), grid)
+    actual = layouts.interpolate_position(embedding, (4, 4), grid)
     expected = nn.functional.interpolate(
         embedding[1:].T.reshape(1, 6, 4, 4), size=grid, mode="bicubic", align_corners=True
     )
@@ -48,12 +48,12 @@ def test_position_is_interpolated_bicubically_between_the_corners(grid: tuple[in
 
 def test_position_keeps_its_precision() -> None:
     embedding = torch.randn(1 + 2 * 3, 4, dtype=torch.float64)
-    larger = sizes.interpolate_position(embedding, (2, 3), (5, 5))
+    larger = layouts.interpolate_position(embedding, (2, 3), (5, 5))
     assert larger.dtype == torch.float64
     corners = larger[1:].reshape(5, 5, 4)[[0, 0, -1, -1], [0, -1, 0, -1]]
     native = embedding[1:].reshape(2, 3, 4)[[0, 0, -1, -1], [0, -1, 0, -1]]
     torch.testing.assert_close(corners, native, rtol=0, atol=1e-14)
-    half = sizes.interpolate_position(embedding.bfloat16(), (2, 3), (5, 5))
+    half = layouts.interpolate_position(embedding.bfloat16(), (2, 3), (5, 5))
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.double(), larger, rtol=0.02, atol=0.02)
 

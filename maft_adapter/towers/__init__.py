@@ -61,6 +61,27 @@ class MaskAwareTower(MaskAware):
         return masks_on_grid(masks, grid, self.threshold).flatten(2).any(-1)
 
 
+class PoolingTower(MaskAwareTower):
+    """The mixin of towers which the masks enter only where they pool: the features before it are the image's."""
+
+    def encode(self, images: Tensor, masks: Tensor, grid: tuple[int, int], with_image: bool) -> Any:
+        features = self._features(images)
+        embeddings = self._pool_masks(features, masks, grid)  # (B, N, D)
+        return (embeddings, self._pool_image(features)) if with_image else embeddings
+
+    def _features(self, images: Tensor) -> Tensor:
+        """What the tower pools, in the host's own layout."""
+        raise NotImplementedError
+
+    def _pool_masks(self, features: Tensor, masks: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Features and masks (B, N, H', W') -> embeddings (B, N, D)."""
+        raise NotImplementedError
+
+    def _pool_image(self, features: Tensor) -> Tensor:
+        """The tower's own embedding of the image, (B, D)."""
+        raise NotImplementedError
+
+
 @functools.cache
 def _mask_aware_class(mixin: type, host: type) -> type:
     # The host's name and place: transformers looks up by them what a model can record and whether its attention can be

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..attention import query_attention
 from ..masks import attention_bias
-from . import MaskAware, MaskAwareTower, divide_into_patches, refuse_unknown, swap_class
-from .sizes import interpolate_position
+from . import MaskAware, PoolingTower, divide_into_patches, refuse_unknown, swap_class
+from .layouts import interpolate_position
 
 SETTINGS = ("interpolation", "threshold")
 POOLS = "pools the last feature map of its convolutions"
@@ -52,22 +52,27 @@ def _native_side(pool: Any) -> int:
     return round((len(pool.positional_embedding) - 1) ** 0.5)
 
 
-class _ResNetTower(MaskAwareTower):
+class _ResNetTower(PoolingTower):
     settings = SETTINGS
 
     def token_grid(self, images: Tensor) -> tuple[int, int]:
         return divide_into_patches(images, (_STRIDE, _STRIDE))
 
-    def encode(self: Any, images: Tensor, masks: Tensor, grid: tuple[int, int], with_image: bool) -> Any:
+    def _features(self: Any, images: Tensor) -> Tensor:
         x = images.to(self.conv1.weight.dtype)
         for i in ("1", "2", "3"):  # the activation is act1..3 in open_clip, relu1..3 or one relu in OpenAI's
             act = getattr(self, f"act{i}", None) or getattr(self, f"relu{i}", None) or self.relu
             x = act(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)))
         x = self.avgpool(x)
         for name in _LAYERS:
-            x = getattr(self, name)(x)  # at last (B, C, h, w)
-        embeddings = self.attnpool(x, attention_bias(masks, grid, x.dtype, self.threshold))  # (B, N, D)
-        return (embeddings, self.attnpool(x)) if with_image else embeddings
+            x = getattr(self, name)(x)
+        return x  # (B, C, h, w)
+
+    def _pool_masks(self: Any, features: Tensor, masks: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.attnpool(features, attention_bias(masks, grid, features.dtype, self.threshold))
+
+    def _pool_image(self: Any, features: Tensor) -> Tensor:
+        return self.attnpool(features)
 
 
 class _AttentionPool(MaskAware):

@@ -14,16 +14,15 @@ from einops import rearrange
 from torch import Tensor
 
 from ..masks import mean_weights
-from . import MaskAwareTower, divide_into_patches, refuse_unknown, swap_class
-from .sizes import (
-    OpenClipViT,
-    TimmPatchEmbed,
-    TimmTrunk,
+from . import MaskAwareTower, PoolingTower, divide_into_patches, refuse_unknown, swap_class
+from .layouts import (
+    PoolingOpenClipViT,
+    PoolingTimm,
+    PoolingTimmViT,
     check_clip_vit,
     check_timm_vit,
     is_clip_vit,
-    refuse_patch_dropout,
-    timm_grid,
+    patch_timm_vit,
 )
 
 SETTINGS = ("interpolation",)
@@ -60,9 +59,7 @@ def patch(visual: Any, start_layer: int) -> None:
     if is_clip_vit(visual):
         swap_class(visual, _ClipTower)
     elif hasattr(visual.trunk, "_pos_embed"):
-        swap_class(visual, _TimmViTTower)
-        swap_class(visual.trunk, TimmTrunk)
-        swap_class(visual.trunk.patch_embed, TimmPatchEmbed)
+        patch_timm_vit(visual, _TimmViTTower)
     else:
         swap_class(visual, _TimmMapTower)
 
@@ -74,23 +71,17 @@ def _timm_pool(trunk: Any) -> str | None:
     return getattr(getattr(trunk.head, "global_pool", None), "pool_type", None)
 
 
-class _AverageTower(MaskAwareTower):
-    """What the hosts share: features once, then the mean over the image or over each mask."""
+class _AverageTower(PoolingTower):
+    """What the hosts share: the mean over each mask, of what the tower averages."""
 
     settings = SETTINGS
-
-    def encode(self, images: Tensor, masks: Tensor, grid: tuple[int, int], with_image: bool) -> Any:
-        features = self._features(images)
-        patches = self._patches(features)  # (B, hw, C)
-        embeddings = self._head(mean_weights(masks, grid).to(patches.dtype) @ patches)  # (B, N, D)
-        return (embeddings, self._pool_image(features)) if with_image else embeddings
 
     def valid_masks(self, masks: Tensor, grid: tuple[int, int]) -> Tensor:
         return masks.flatten(2).any(-1)  # (B, N)
 
-    def _features(self, images: Tensor) -> Tensor:
-        """What the tower averages, in the host's own layout."""
-        raise NotImplementedError
+    def _pool_masks(self, features: Tensor, masks: Tensor, grid: tuple[int, int]) -> Tensor:
+        patches = self._patches(features)  # (B, hw, C)
+        return self._head(mean_weights(masks, grid).to(patches.dtype) @ patches)
 
     def _patches(self, features: Tensor) -> Tensor:
         """Features -> (B, hw, C), row after row."""
@@ -100,44 +91,16 @@ class _AverageTower(MaskAwareTower):
         """Means (B, N, C) -> embeddings (B, N, D)."""
         raise NotImplementedError
 
-    def _pool_image(self, features: Tensor) -> Tensor:
-        """The tower's own embedding of the image, (B, D)."""
-        raise NotImplementedError
 
-
-class _ClipTower(OpenClipViT, _AverageTower):
-    def _features(self: Any, images: Tensor) -> Tensor:
-        refuse_patch_dropout(self, "patch_dropout")
-        return self.transformer(self.embed(images))  # (B, 1+hw, width)
-
+class _ClipTower(PoolingOpenClipViT, _AverageTower):
     def _patches(self: Any, features: Tensor) -> Tensor:
         return (features if self.final_ln_after_pool else self.ln_post(features))[:, 1:]
 
     def _head(self: Any, means: Tensor) -> Tensor:
-        pooled = self.ln_post(means) if self.final_ln_after_pool else means
-        return pooled if self.proj is None else pooled @ self.proj
-
-    def _pool_image(self: Any, features: Tensor) -> Tensor:
-        pooled = self._pool(features)[0]
-        return pooled if self.proj is None else pooled @ self.proj
+        return self._project(self.ln_post(means) if self.final_ln_after_pool else means)
 
 
-class _TimmTower(_AverageTower):
-    def _features(self: Any, images: Tensor) -> Tensor:
-        return self.trunk.forward_features(images)
-
-    def _pool_image(self: Any, features: Tensor) -> Tensor:
-        return self.head(self.trunk.forward_head(features))
-
-
-class _TimmViTTower(_TimmTower):
-    def token_grid(self: Any, images: Tensor) -> tuple[int, int]:
-        return timm_grid(self.trunk, images)
-
-    def _features(self: Any, images: Tensor) -> Tensor:
-        refuse_patch_dropout(self.trunk, "patch_drop")
-        return super()._features(images)  # (B, hw, C)
-
+class _TimmViTTower(PoolingTimmViT, _AverageTower):
     def _patches(self, features: Tensor) -> Tensor:
         return features
 
@@ -145,7 +108,7 @@ class _TimmViTTower(_TimmTower):
         return self._pool_image(means.flatten(0, 1)[:, None]).unflatten(0, means.shape[:2])  # each its own patch
 
 
-class _TimmMapTower(_TimmTower):
+class _TimmMapTower(PoolingTimm, _AverageTower):
     def plain(self: Any, images: Tensor, **options: Any) -> Any:
         return super(MaskAwareTower, self).forward(images, **options)  # type: ignore[misc]  # every size as before
 

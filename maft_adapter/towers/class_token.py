@@ -20,20 +20,19 @@ from torch.utils.checkpoint import checkpoint
 from ..attention import dense_bias, proposal_block
 from ..masks import attention_bias
 from . import MaskAware, MaskAwareTower, refuse_unknown, swap_class
-from .sizes import (
+from .layouts import (
     ClipViT,
     OpenClipViT,
-    TimmPatchEmbed,
-    TimmTrunk,
-    TransformersEmbeddings,
+    TimmViT,
     TransformersTower,
     check_clip_vit,
     check_timm_vit,
     check_transformers,
     is_clip_vit,
     native_grid,
+    patch_timm_vit,
+    patch_transformers,
     refuse_patch_dropout,
-    timm_grid,
     transformers_inner,
 )
 
@@ -86,12 +85,9 @@ def patch(visual: Any, start_layer: int) -> None:
         for block in visual.transformer.resblocks[start_layer:]:
             swap_class(block, _ClipBlock)
     elif hasattr(visual, "trunk"):
-        swap_class(visual, _TimmTower)
-        swap_class(visual.trunk, TimmTrunk)
-        swap_class(visual.trunk.patch_embed, TimmPatchEmbed)
+        patch_timm_vit(visual, _TimmTower)
     else:
-        swap_class(visual, _TransformersTower)
-        swap_class(transformers_inner(visual).embeddings, TransformersEmbeddings)
+        patch_transformers(visual, _TransformersTower)
 
 
 def _blocks(visual: Any) -> Any:
@@ -162,7 +158,13 @@ class _ClassTokenTower(MaskAwareTower):
         raise NotImplementedError
 
     def _call(self, block: nn.Module, x: Tensor, **options: Any) -> Tensor:
+        if self._checkpoints() and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False, **options)
         return block(x, **options)
+
+    def _checkpoints(self) -> bool:
+        """Whether gradient checkpointing is on and left to the caller of a block."""
+        return False
 
 
 class _ClipBlock(MaskAware):
@@ -189,10 +191,8 @@ class _ClipTower(ClipViT, _ClassTokenTower):
             x = self._call(blocks[i], x, bias=bias, last=i == len(blocks) - 1)
         return x
 
-    def _call(self: Any, block: nn.Module, x: Tensor, **options: Any) -> Tensor:
-        if getattr(self.transformer, "grad_checkpointing", False) and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False, **options)
-        return block(x, **options)
+    def _checkpoints(self: Any) -> bool:
+        return getattr(self.transformer, "grad_checkpointing", False)
 
     def _head(self: Any, x: Tensor) -> Tensor:
         pooled = self.ln_post(x)
@@ -218,11 +218,8 @@ class _DenseTower(_ClassTokenTower):
         return self._run(x, options, start=self.start_layer)
 
 
-class _TimmTower(_DenseTower):
+class _TimmTower(TimmViT, _DenseTower):
     mask_name = "attn_mask"
-
-    def token_grid(self: Any, images: Tensor) -> tuple[int, int]:
-        return timm_grid(self.trunk, images)
 
     def _embed(self: Any, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
         refuse_patch_dropout(self.trunk, "patch_drop")
@@ -239,10 +236,8 @@ class _TimmTower(_DenseTower):
             options = {"rope": torch.cat([unmoved, rope])[1:]}  # (N-1+hw, 2 * head width)
         return super()._run_biased(x, bias, options)
 
-    def _call(self: Any, block: nn.Module, x: Tensor, **options: Any) -> Tensor:
-        if self.trunk.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False, **options)
-        return block(x, **options)
+    def _checkpoints(self: Any) -> bool:
+        return self.trunk.grad_checkpointing
 
     def _head(self: Any, x: Tensor) -> Tensor:
         single = self.trunk.norm(x).flatten(0, 1)[:, None]  # (B*N, 1, width): each the class token of its own

@@ -17,19 +17,17 @@ from torch import Tensor
 
 from ..attention import query_attention
 from ..masks import attention_bias
-from . import MaskAwareTower, refuse_unknown, swap_class
-from .sizes import (
-    OpenClipViT,
-    TimmPatchEmbed,
-    TimmTrunk,
-    TransformersEmbeddings,
+from . import PoolingTower, refuse_unknown, swap_class
+from .layouts import (
+    PoolingOpenClipViT,
+    PoolingTimmViT,
     TransformersTower,
     check_clip_vit,
     check_timm_vit,
     check_transformers,
     is_clip_vit,
-    refuse_patch_dropout,
-    timm_grid,
+    patch_timm_vit,
+    patch_transformers,
     transformers_inner,
 )
 
@@ -75,12 +73,9 @@ def patch(visual: Any, start_layer: int) -> None:
     if is_clip_vit(visual):
         swap_class(visual, _CoCaTower)
     elif hasattr(visual, "trunk"):
-        swap_class(visual, _TimmTower)
-        swap_class(visual.trunk, TimmTrunk)
-        swap_class(visual.trunk.patch_embed, TimmPatchEmbed)
+        patch_timm_vit(visual, _TimmTower)
     else:
-        swap_class(visual, _TransformersTower)
-        swap_class(transformers_inner(visual).embeddings, TransformersEmbeddings)
+        patch_transformers(visual, _TransformersTower)
 
 
 def _check_attention(attn: Any, where: str) -> None:
@@ -90,58 +85,32 @@ def _check_attention(attn: Any, where: str) -> None:
         raise ValueError(f"{where} has dropout or an extra key, which CLIP's pools have not")
 
 
-class _LearnedQueryTower(MaskAwareTower):
-    """What the hosts share: features once, then their own pool for the image and the biased one for masks."""
+class _LearnedQueryTower(PoolingTower):
+    """What the hosts share: the patches that are asked and their bias. Features are tokens (B, P+hw, width)."""
 
     settings = SETTINGS
 
-    def encode(self, images: Tensor, masks: Tensor, grid: tuple[int, int], with_image: bool) -> Any:
-        features = self._features(images)  # (B, P+hw, width)
+    def _pool_masks(self, features: Tensor, masks: Tensor, grid: tuple[int, int]) -> Tensor:
         bias = attention_bias(masks, grid, features.dtype, self.threshold)  # (B, 1, N, hw)
         empty = bias.isneginf().all(-1, keepdim=True)  # (B, 1, N, 1)
         patches = features[:, features.shape[1] - bias.shape[-1] :]  # (B, hw, width)
-        embeddings = self._pool_masks(patches, bias.masked_fill(empty, 0))  # (B, N, D)
-        return (embeddings, self._pool_image(features)) if with_image else embeddings
+        return self._ask(patches, bias.masked_fill(empty, 0))
 
-    def _features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> the tokens that are pooled, (B, P+hw, width)."""
-        raise NotImplementedError
-
-    def _pool_masks(self, patches: Tensor, bias: Tensor) -> Tensor:
+    def _ask(self, patches: Tensor, bias: Tensor) -> Tensor:
         """Patches (B, hw, width) and bias (B, 1, N, hw) -> embeddings (B, N, D)."""
         raise NotImplementedError
 
-    def _pool_image(self, features: Tensor) -> Tensor:
-        """The tower's own embedding of the image, (B, D)."""
-        raise NotImplementedError
 
-
-class _CoCaTower(OpenClipViT, _LearnedQueryTower):
-    def _features(self: Any, images: Tensor) -> Tensor:
-        refuse_patch_dropout(self, "patch_dropout")
-        return self.transformer(self.embed(images))
-
-    def _pool_masks(self: Any, patches: Tensor, bias: Tensor) -> Tensor:
+class _CoCaTower(PoolingOpenClipViT, _LearnedQueryTower):
+    def _ask(self: Any, patches: Tensor, bias: Tensor) -> Tensor:
         pool = self.attn_pool
         query = pool.ln_q(pool.query[:1]).expand(len(patches), -1, -1)  # (B, 1, width): of all its queries CLIP's
         x = _multihead_attention(pool.attn, query, pool.ln_k(patches), bias)  # (B, N, width)
-        pooled = self.ln_post(x)
-        return pooled if self.proj is None else pooled @ self.proj
-
-    def _pool_image(self: Any, features: Tensor) -> Tensor:
-        pooled = self._pool(features)[0]  # (B, width)
-        return pooled if self.proj is None else pooled @ self.proj
+        return self._project(self.ln_post(x))
 
 
-class _TimmTower(_LearnedQueryTower):
-    def token_grid(self: Any, images: Tensor) -> tuple[int, int]:
-        return timm_grid(self.trunk, images)
-
-    def _features(self: Any, images: Tensor) -> Tensor:
-        refuse_patch_dropout(self.trunk, "patch_drop")
-        return self.trunk.forward_features(images)
-
-    def _pool_masks(self: Any, patches: Tensor, bias: Tensor) -> Tensor:
+class _TimmTower(PoolingTimmViT, _LearnedQueryTower):
+    def _ask(self: Any, patches: Tensor, bias: Tensor) -> Tensor:
         trunk, pool = self.trunk, self.trunk.attn_pool
         q = pool.q_norm(rearrange(pool.q(pool.latent), "b q (h d) -> b h q d", h=pool.num_heads))  # (1, heads, 1, d)
         k, v = rearrange(pool.kv(patches), "b p (two h d) -> two b h p d", two=2, h=pool.num_heads)
@@ -151,16 +120,13 @@ class _TimmTower(_LearnedQueryTower):
             x = x + pool.mlp(pool.norm(x))
         return self.head(trunk.head(trunk.head_drop(trunk.fc_norm(x))))  # (B, N, D)
 
-    def _pool_image(self: Any, features: Tensor) -> Tensor:
-        return self.head(self.trunk.forward_head(features))
-
 
 class _TransformersTower(TransformersTower, _LearnedQueryTower):
     def _features(self: Any, images: Tensor) -> Tensor:
         inner = transformers_inner(self)
         return inner.post_layernorm(inner.encoder(inputs_embeds=inner.embeddings(images)).last_hidden_state)
 
-    def _pool_masks(self: Any, patches: Tensor, bias: Tensor) -> Tensor:
+    def _ask(self: Any, patches: Tensor, bias: Tensor) -> Tensor:
         head = transformers_inner(self).head
         probe = head.probe.expand(len(patches), -1, -1)  # (B, 1, width)
         x = _multihead_attention(head.attention, probe, patches, bias)  # (B, N, width)

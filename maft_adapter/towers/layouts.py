@@ -1,4 +1,4 @@
-"""Layouts of ViTs, and images of any size for them.
+"""Layouts of towers: what those of one host share across the families, and images of any size for its ViTs.
 
 The mixins interpolate the position embedding to the images' token grid inside the host's own forward, so that
 everything which the host builds on it (intermediate features, pooling, extra outputs) holds for other sizes, too.
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from . import MaskAware, MaskAwareTower, divide_into_patches, refuse_unknown
+from . import MaskAware, MaskAwareTower, PoolingTower, divide_into_patches, refuse_unknown, swap_class
 
 # All that is read of a CLIP ViT, children and parameters alike.
 _CLIP_VIT = ("conv1", "class_embedding", "positional_embedding", "ln_pre", "transformer", "ln_post", "proj")
@@ -96,6 +96,20 @@ class OpenClipViT(ClipViT):
         return self.embed(x)
 
 
+class PoolingOpenClipViT(OpenClipViT, PoolingTower):
+    """Of open_clip's ViT that pools its patches."""
+
+    def _features(self: Any, images: Tensor) -> Tensor:
+        refuse_patch_dropout(self, "patch_dropout")
+        return self.transformer(self.embed(images))  # (B, 1+hw, width)
+
+    def _pool_image(self: Any, features: Tensor) -> Tensor:
+        return self._project(self._pool(features)[0])
+
+    def _project(self: Any, pooled: Tensor) -> Tensor:
+        return pooled if self.proj is None else pooled @ self.proj
+
+
 def check_timm_vit(trunk: Any) -> None:
     """Raise ValueError unless a timm ViT takes its position embedding and its images as `TimmTrunk` does."""
     known = ("backbone",) if hasattr(trunk.patch_embed, "backbone") else ("norm",)
@@ -109,10 +123,38 @@ def check_timm_vit(trunk: Any) -> None:
         raise ValueError("trunk has a rotary embedding of its own for every block (rope_mixed), unknown here")
 
 
-def timm_grid(trunk: Any, images: Tensor) -> tuple[int, int]:
-    """Token grid of images (B, 3, H, W) for a timm ViT, or ValueError if they do not fit."""
-    (height, width), (rows, columns) = trunk.patch_embed.img_size, trunk.patch_embed.grid_size
-    return divide_into_patches(images, (height // rows, width // columns), ((height, width), (rows, columns)))
+def patch_timm_vit(visual: Any, tower: type) -> None:
+    """Swap the classes of open_clip's `TimmModel` and of what takes other sizes in its ViT."""
+    swap_class(visual, tower)
+    swap_class(visual.trunk, TimmTrunk)
+    swap_class(visual.trunk.patch_embed, TimmPatchEmbed)
+
+
+class TimmViT(MaskAwareTower):
+    """Of open_clip's `TimmModel` around a ViT, beside a family's own mixin."""
+
+    def token_grid(self: Any, images: Tensor) -> tuple[int, int]:
+        embed = self.trunk.patch_embed
+        (height, width), (rows, columns) = embed.img_size, embed.grid_size
+        return divide_into_patches(images, (height // rows, width // columns), ((height, width), (rows, columns)))
+
+
+class PoolingTimm(PoolingTower):
+    """Of open_clip's `TimmModel` around any trunk that pools."""
+
+    def _features(self: Any, images: Tensor) -> Tensor:
+        return self.trunk.forward_features(images)
+
+    def _pool_image(self: Any, features: Tensor) -> Tensor:
+        return self.head(self.trunk.forward_head(features))
+
+
+class PoolingTimmViT(TimmViT, PoolingTimm):
+    """Of open_clip's `TimmModel` around a ViT that pools."""
+
+    def _features(self: Any, images: Tensor) -> Tensor:
+        refuse_patch_dropout(self.trunk, "patch_drop")
+        return super()._features(images)  # (B, P+hw, width)
 
 
 class TimmPatchEmbed(MaskAware):
@@ -180,6 +222,12 @@ def check_transformers(visual: Any) -> None:
     refuse_unknown(inner.encoder, ("layers",), "encoder")
     if inner is not visual:
         refuse_unknown(visual, ("vision_model", "visual_projection"), type(visual).__name__)
+
+
+def patch_transformers(visual: Any, tower: type) -> None:
+    """Swap the classes of a vision model of transformers and of what takes other sizes in it."""
+    swap_class(visual, tower)
+    swap_class(transformers_inner(visual).embeddings, TransformersEmbeddings)
 
 
 class TransformersTower(MaskAwareTower):
