@@ -1,6 +1,4 @@
 import copy
-import io
-import pickle
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +18,6 @@ from maft_adapter import (
     is_mask_aware,
     make_mask_aware,
     restore,
-    trainable_parameters,
     valid_masks,
 )
 from maft_adapter.attention import dense_block
@@ -233,22 +230,6 @@ def test_empty_and_tiny_masks_are_finite_and_flagged(tower: Any, images: Tensor,
     assert valid_masks(tower, larger, masks).tolist() == [[False, True, True, True]] * 2
 
 
-def test_gradients_reach_what_trains_and_nothing_else(tower: Any, images: Tensor, masks: Tensor) -> None:
-    make_mask_aware(tower, 1)
-    tower.train()
-    trainable_parameters(tower)
-    embeddings, image = tower(images, masks, with_image=True)
-    (embeddings.square().sum() + image.square().sum()).backward()
-    for name, parameter in tower.named_parameters():
-        frozen = name in ("class_embedding", "positional_embedding") or "mlp" in name or "conv1" in name
-        if frozen:
-            assert parameter.grad is None, name
-        else:
-            assert parameter.grad is not None, name
-            assert parameter.grad.isfinite().all(), name
-            assert parameter.grad.abs().max() > 0, name
-
-
 def test_gradients_equal_those_of_the_dense_form(tower: Any, images: Tensor, masks: Tensor) -> None:
     tower.double()
     images, masks = images.double(), masks.double()
@@ -271,23 +252,6 @@ def test_bfloat16_is_near_float32(tower: Any, images: Tensor, masks: Tensor) -> 
     assert actual[0].dtype == torch.bfloat16
     for low, high in zip((mixed, *actual), (expected[0], *expected), strict=True):
         assert (low - high).abs().max() < 0.05 * high.abs().max()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("tower", ["open_clip", "openai"], indirect=True)
-def test_compiles_to_one_graph_for_any_number_of_proposals(tower: Any, images: Tensor) -> None:
-    graphs: list[Any] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    make_mask_aware(tower, 1)
-    compiled = torch.compile(tower, fullgraph=True, dynamic=True, backend=backend)
-    for n in (5, 11):  # not 3, which would be taken for the number of colours
-        masks = random_masks(n, 20, 20)
-        close(compiled(images, masks), tower(images, masks))
-    assert len(graphs) == 1
 
 
 @torch.no_grad()
@@ -352,21 +316,6 @@ def test_towers_that_return_their_patch_tokens_too(
     embeddings, image = tower(images, masks, with_image=True)
     close(embeddings, tower(images, masks))
     close(image, resized(images)[0])
-
-
-@torch.no_grad()
-def test_ragged_lists_equal_one_image_at_a_time(tower: Any, images: Tensor, masks: Tensor) -> None:
-    make_mask_aware(tower, 1)
-    clip = SimpleNamespace(visual=tower)
-    batch, ragged = torch.cat([images, -images]), [masks[0], masks[1, :2], masks[0, :0], masks[1, 4:]]
-    embeddings = encode_masks(clip, batch, ragged)
-    with_image, image = encode_masks_and_image(clip, batch, ragged)
-    close(image, tower(batch))
-    assert [len(e) for e in embeddings] == [len(e) for e in with_image] == [5, 2, 0, 1]
-    for b in range(4):
-        expected = encode_masks(clip, batch[b : b + 1], ragged[b][None])[0]
-        close(embeddings[b], expected)
-        close(with_image[b], expected)
 
 
 @torch.no_grad()
@@ -445,19 +394,6 @@ def test_patching_keeps_object_parameters_and_plain_output(tower: Any, images: T
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("start_layer", START_LAYERS)
-def test_restore_is_exact(tower: Any, images: Tensor, masks: Tensor, start_layer: int) -> None:
-    before, plain = modules(tower), tower(images)
-    make_mask_aware(tower, start_layer)(images, masks)
-    assert restore(tower) is tower
-    assert_same_modules(before, modules(tower))
-    assert not is_mask_aware(tower)
-    assert torch.equal(tower(images), plain)
-    with pytest.raises(TypeError):
-        tower(images, masks)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1), (0, 3), (3, 0), (1, 1)])
 def test_patching_again_only_changes_the_start_layer(
     tower: Any, images: Tensor, masks: Tensor, first: int, second: int
@@ -467,43 +403,6 @@ def test_patching_again_only_changes_the_start_layer(
     assert [type(module) for module in tower.modules()] == [type(module) for module in fresh.modules()]
     assert torch.equal(tower(images, masks), fresh(images, masks))
     assert_same_modules(before, modules(restore(tower)))
-
-
-def test_a_deepcopy_is_independent(tower: Any, images: Tensor, masks: Tensor) -> None:
-    make_mask_aware(tower, 1)
-    with torch.no_grad():
-        before = tower(images, masks)
-    student = copy.deepcopy(tower)
-    assert type(student) is type(tower)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-    loss = student(images, masks).square().mean()
-    assert loss.item() == pytest.approx(before.square().mean().item())
-    loss.backward()
-    optimizer.step()
-    with torch.no_grad():
-        assert torch.equal(tower(images, masks), before)
-        assert (student(images, masks) - before).abs().max() > 1e-3
-    assert all(parameter.grad is None for parameter in tower.parameters())
-    restore(student)
-    assert is_mask_aware(tower)
-    with torch.no_grad():
-        assert torch.equal(tower(images, masks), before)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("way", ["pickle", "torch.save"])
-def test_whole_modules_can_be_stored(tower: Any, images: Tensor, masks: Tensor, way: str) -> None:
-    classes = [type(module) for module in tower.modules()]
-    make_mask_aware(tower, 1)
-    if way == "pickle":
-        loaded = pickle.loads(pickle.dumps(tower))
-    else:
-        torch.save(tower, buffer := io.BytesIO())
-        buffer.seek(0)
-        loaded = torch.load(buffer, weights_only=False)
-    assert type(loaded) is type(tower)
-    assert torch.equal(loaded(images, masks), tower(images, masks))
-    assert [type(module) for module in restore(loaded).modules()] == classes
 
 
 @torch.no_grad()
@@ -739,9 +638,3 @@ def test_bad_masks_are_refused(tower: Any, images: Tensor, masks: Tensor, bad: A
                 with refused(tower, error, message):
                     call(images, wrong)
         assert torch.equal(tower(images, masks), before)
-
-
-def test_with_image_needs_masks(tower: Any, images: Tensor) -> None:
-    make_mask_aware(tower, 1)
-    with refused(tower, ValueError, "with_image=True gives mask and image embeddings together and needs masks"):
-        tower(images, with_image=True)

@@ -33,7 +33,8 @@ from maft_adapter.towers import FAMILIES, attention_pool, average, class_token, 
 OF_OPEN_CLIP = [name for name in ZOO if not name.startswith(("openai", "transformers"))]
 # Tracing takes a second; these give the same graph as another kind, or one with a part less.
 TRACED_AS_ANOTHER = {
-    *("open_clip", "open_clip-no_ln_pre", "open_clip-final_ln_after_pool", "open_clip-output_tokens"),
+    *("open_clip", "open_clip-no_ln_pre", "open_clip-not_square"),
+    *("open_clip-final_ln_after_pool", "open_clip-output_tokens"),
     *("timm-eva", "timm-eva02-post_norm", "transformers-clip", "timm-siglip-so400m", "transformers-siglip-so400m"),
     *("openai-resnet", "openai-resnet-one_relu", "open_clip-avg", "timm-convnext-mlp"),
 }

@@ -260,6 +260,9 @@ ZOO: dict[str, Kind] = {
     "open_clip": Kind(class_token, open_clip_tower, _BLOCKS, "attn"),
     "open_clip-layer_scale": Kind(class_token, lambda: open_clip_tower(ls_init_value=0.5), _BLOCKS, "attn"),
     "open_clip-no_ln_pre": Kind(class_token, lambda: open_clip_tower(no_ln_pre=True), _BLOCKS, "attn"),
+    "open_clip-not_square": Kind(
+        class_token, lambda: open_clip_tower(image_size=(32, 48)), _BLOCKS, "attn", size=(32, 48), grid=(4, 6)
+    ),
     "open_clip-final_ln_after_pool": Kind(
         class_token, lambda: open_clip_tower(final_ln_after_pool=True), _BLOCKS, "attn"
     ),
