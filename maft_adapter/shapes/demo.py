@@ -59,10 +59,10 @@ class Recipe:
     start_layer: int = 0
     iterations: int = 200
     lr: float = 1e-3
-    batch_size: int = 8
+    batch_size: int = 16
     distillation_weight: float = 1.0
     min_contrast: float = 0.5  # fragments would teach to deny what they are part of, against the teacher's word
-    train_scenes: int = 240
+    train_scenes: int = 480
     eval_scenes: int = 200
     curve_every: int = 50
 
@@ -71,7 +71,7 @@ RECIPE = Recipe()
 QUICK = replace(RECIPE, iterations=16, train_scenes=32, eval_scenes=24, curve_every=8)
 TEMPLATES = ("a picture of {}", "a photo of {}", "{}")
 # First entries of the scenes' seeds: no scene serves twice, nor did one serve in `train_clip`.
-SPLITS = {"evaluation": 5_000_000, "fine-tuning": 4_000_000}
+SPLITS = {"evaluation": 8_000_000, "fine-tuning": 9_000_000}
 COUNTED_SCENES = 8  # multiply-accumulates are the mean of these; they vary with the number of proposals only
 NAMES = [f"{name} *" if name in UNSEEN else name for name in CLASSES]  # as the figures show them
 
