@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -150,6 +150,7 @@ def save_weights(module: nn.Module, path: str | os.PathLike[str], metadata: dict
     """Write a state_dict as safetensors, atomically: `path` holds the old or the new file, never a part.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_weights(nn.Linear(2, 2), Path(folder, "layer.safetensors"))
         ...     [file.name for file in Path(folder).iterdir()]
@@ -158,24 +159,34 @@ def save_weights(module: nn.Module, path: str | os.PathLike[str], metadata: dict
     from safetensors.torch import save
 
     data = save({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, metadata)
-    path = Path(path).resolve()  # a link stays one
-    mode = path.stat().st_mode if path.exists() else 0o666 & ~_umask()
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
-        try:
+    replace_file(path, data)
+
+
+def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file atomically: `path` holds the old or the new one, never a part. A link stays one, the mode stays.
+
+    Raises OSError, and leaves nothing behind, if the folder is missing or can't be written to.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     replace_file(Path(folder, "report.html"), b"all of it")
+        ...     Path(folder, "report.html").read_text()
+        'all of it'
+    """
+    path = Path(path).resolve()
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, mode)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)  # there is no way to read it without setting it
-    os.umask(mask)
-    return mask
+        if path.exists():
+            shutil.copymode(path, part)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _header(path: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from zoo import assert_same_modules, random_images, random_masks, snapshot
 
 from maft_adapter import (
     encode_masks,
@@ -29,16 +30,6 @@ OTHER_SIZES = [(64, 40), (24, 48), (56, 56), (8, 8)]
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
-
-
-def random_images(height: int, width: int, batch: int = 2) -> Tensor:
-    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(6))
-
-
-def random_masks(n: int, height: int, width: int, batch: int = 2) -> Tensor:
-    """Blobs of a few patches, as soft masks (B, n, height, width)."""
-    coarse = torch.rand(batch, max(n, 1), 4, 4, generator=torch.Generator().manual_seed(7))
-    return F.interpolate(coarse, (height, width), mode="bilinear")[:, :n]
 
 
 def authors_position(tower: Any, grid: tuple[int, int]) -> Tensor:
@@ -125,7 +116,7 @@ def test_equals_the_dense_form(tower: Any, images: Tensor, masks: Tensor, start_
 @torch.no_grad()
 @pytest.mark.parametrize("size", OTHER_SIZES)
 def test_other_image_sizes_equal_the_dense_form(tower: Any, size: tuple[int, int]) -> None:
-    images, masks = random_images(*size), random_masks(6, 30, 50)
+    images, masks = random_images(size), random_masks(6, (30, 50))
     position = authors_position(tower, (size[0] // 8, size[1] // 8))
     expected = dense_encoder(tower, images, masks, 1, position)
     close(make_mask_aware(tower, 1)(images, masks), expected)
@@ -134,7 +125,7 @@ def test_other_image_sizes_equal_the_dense_form(tower: Any, size: tuple[int, int
 @torch.no_grad()
 @pytest.mark.parametrize("size", OTHER_SIZES)
 def test_other_image_sizes_without_masks(tower: Any, size: tuple[int, int]) -> None:
-    images = random_images(*size)
+    images = random_images(size)
     resized = copy.deepcopy(tower)
     resized.positional_embedding = nn.Parameter(authors_position(tower, (size[0] // 8, size[1] // 8)))
     close(make_mask_aware(tower, 1)(images), resized(images))
@@ -144,7 +135,7 @@ def test_other_image_sizes_without_masks(tower: Any, size: tuple[int, int]) -> N
 @pytest.mark.parametrize("n", [0, 1, 7, 300])
 @pytest.mark.parametrize("size", [(32, 48), (11, 9), (4, 4), (128, 160)])
 def test_any_number_and_resolution_of_masks(tower: Any, images: Tensor, n: int, size: tuple[int, int]) -> None:
-    masks = random_masks(n, *size)
+    masks = random_masks(n, size)
     expected = dense_encoder(tower, images, masks, 1, tower.positional_embedding)
     make_mask_aware(tower, 1)
     assert tower(images, masks).shape == (2, n, 16)
@@ -244,11 +235,11 @@ def test_gradients_equal_those_of_the_dense_form(tower: Any, images: Tensor, mas
 @torch.no_grad()
 def test_bfloat16_is_near_float32(tower: Any, images: Tensor, masks: Tensor) -> None:
     make_mask_aware(tower, 1)
-    expected = tower(images, masks), tower(random_images(64, 40), masks)
+    expected = tower(images, masks), tower(random_images((64, 40)), masks)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = tower(images, masks)
     tower.bfloat16()
-    actual = tower(images.bfloat16(), masks), tower(random_images(64, 40).bfloat16(), masks)
+    actual = tower(images.bfloat16(), masks), tower(random_images((64, 40)).bfloat16(), masks)
     assert actual[0].dtype == torch.bfloat16
     for low, high in zip((mixed, *actual), (expected[0], *expected), strict=True):
         assert (low - high).abs().max() < 0.05 * high.abs().max()
@@ -294,7 +285,7 @@ def test_with_image_is_both_at_once(
     tower: Any, images: Tensor, masks: Tensor, start_layer: int, size: tuple[int, int] | None
 ) -> None:
     make_mask_aware(tower, start_layer)
-    images = images if size is None else random_images(*size)
+    images = images if size is None else random_images(size)
     embeddings, image = tower(images, masks, with_image=True)
     assert torch.equal(embeddings, tower(images, masks))
     close(image, tower(images))
@@ -307,7 +298,7 @@ def test_towers_that_return_their_patch_tokens_too(
     build_tower: Any, size: tuple[int, int], final_ln_after_pool: bool
 ) -> None:
     tower = build_tower(output_tokens=True, final_ln_after_pool=final_ln_after_pool)
-    images, masks = random_images(*size), random_masks(3, *size)
+    images, masks = random_images(size), random_masks(3, size)
     resized = copy.deepcopy(tower)
     resized.positional_embedding = nn.Parameter(authors_position(tower, (size[0] // 8, size[1] // 8)))
     make_mask_aware(tower, 1)
@@ -344,7 +335,7 @@ def small_clip() -> Any:
 
 @torch.no_grad()
 def test_a_whole_clip_model_goes_on_as_before() -> None:
-    clip, images, masks = small_clip(), random_images(32, 32), random_masks(3, 32, 32)
+    clip, images, masks = small_clip(), random_images((32, 32)), random_masks(3, (32, 32))
     text = torch.randint(1, 32, (4, 8))
     before = clip(images, text)
     make_mask_aware(clip.visual, 1)
@@ -355,17 +346,6 @@ def test_a_whole_clip_model_goes_on_as_before() -> None:
 
 
 # What patching leaves as it was
-
-
-def modules(module: nn.Module) -> list[tuple[str, type, dict[str, Any]]]:
-    return [(name, type(child), dict(vars(child))) for name, child in module.named_modules()]
-
-
-def assert_same_modules(before: list[Any], after: list[Any]) -> None:
-    assert [(name, kind) for name, kind, _ in before] == [(name, kind) for name, kind, _ in after]
-    for (name, _, old), (_, _, new) in zip(before, after, strict=True):
-        assert old.keys() == new.keys(), name
-        assert all(old[key] is new[key] for key in old), name
 
 
 def test_patching_keeps_object_parameters_and_plain_output(tower: Any, images: Tensor) -> None:
@@ -398,11 +378,11 @@ def test_patching_keeps_object_parameters_and_plain_output(tower: Any, images: T
 def test_patching_again_only_changes_the_start_layer(
     tower: Any, images: Tensor, masks: Tensor, first: int, second: int
 ) -> None:
-    before, fresh = modules(tower), make_mask_aware(copy.deepcopy(tower), second)
+    before, fresh = snapshot(tower), make_mask_aware(copy.deepcopy(tower), second)
     assert make_mask_aware(make_mask_aware(tower, first), second) is tower
     assert [type(module) for module in tower.modules()] == [type(module) for module in fresh.modules()]
     assert torch.equal(tower(images, masks), fresh(images, masks))
-    assert_same_modules(before, modules(restore(tower)))
+    assert_same_modules(snapshot(restore(tower)), before)
 
 
 @torch.no_grad()
@@ -456,7 +436,7 @@ def test_gradient_checkpointing_changes_nothing(tower: Any, images: Tensor, mask
 
 @torch.no_grad()
 def test_open_clips_other_methods_survive(build_tower: Any) -> None:
-    tower, images = build_tower(), random_images(32, 32)
+    tower, images = build_tower(), random_images((32, 32))
     expected = tower.forward_intermediates(images)
     make_mask_aware(tower, 1)
     actual = tower.forward_intermediates(images)
@@ -468,12 +448,12 @@ def test_open_clips_other_methods_survive(build_tower: Any) -> None:
 
 
 def test_active_patch_dropout(build_tower: Any) -> None:
-    tower, masks = build_tower(patch_dropout=0.5), random_masks(3, 32, 32)
+    tower, masks = build_tower(patch_dropout=0.5), random_masks(3, (32, 32))
     plain = copy.deepcopy(tower)
     make_mask_aware(tower, 1).train()
     plain.train()
     for size in [(32, 32), (64, 40)]:  # without masks it goes on dropping, at any size
-        images = random_images(*size)
+        images = random_images(size)
         grid = (size[0] // 8, size[1] // 8)
         plain.positional_embedding = nn.Parameter(authors_position(tower, grid))
         torch.manual_seed(0)
@@ -492,11 +472,11 @@ def test_active_patch_dropout(build_tower: Any) -> None:
 
 @contextmanager
 def refused(module: nn.Module, error: type[Exception], message: str) -> Iterator[None]:
-    before = modules(module)
+    before = snapshot(module)
     state = {name: value.clone() for name, value in module.state_dict().items()}
     with pytest.raises(error, match=re.escape(message)):
         yield
-    assert_same_modules(before, modules(module))
+    assert_same_modules(snapshot(module), before)
     after = module.state_dict()
     assert list(after) == list(state)
     assert all(torch.equal(after[name], state[name]) for name in state)

@@ -16,12 +16,14 @@ from zoo import (
     STAGES,
     ZOO,
     Kind,
+    assert_same_modules,
     embedding,
     mask_aware_tower,
     open_clip_tower,
     plain_tower,
     random_images,
     random_masks,
+    snapshot,
     timm_tower,
     timm_vit,
     transformers_tower,
@@ -98,17 +100,6 @@ def leaves(output: Any) -> list[Tensor]:
 def assert_identical(actual: Any, expected: Any) -> None:
     assert type(actual) is type(expected)
     assert all(torch.equal(a, b) for a, b in zip(leaves(actual), leaves(expected), strict=True))
-
-
-def snapshot(module: nn.Module) -> list[tuple[str, type, dict[str, Any]]]:
-    return [(name, type(child), dict(vars(child))) for name, child in module.named_modules()]
-
-
-def assert_same_modules(actual: list[Any], expected: list[Any]) -> None:
-    assert [(name, kind) for name, kind, _ in actual] == [(name, kind) for name, kind, _ in expected]
-    for (name, _, new), (_, _, old) in zip(actual, expected, strict=True):
-        assert new.keys() == old.keys(), name
-        assert all(new[key] is old[key] for key in old), name
 
 
 # The tower stays what it was

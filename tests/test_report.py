@@ -8,7 +8,7 @@ import pytest
 
 from maft_adapter.shapes.report import PAPER, TITLES, curves_figure, report_page, table
 
-NAMES = ["frozen_mask_crop", "ip_clip", "ip_clip_ma", "ip_clip_ma_dis"]
+NAMES = list(TITLES)
 RECIPE = {
     "start_layer": 2, "iterations": 4, "lr": 0.001, "batch_size": 8, "distillation_weight": 0.25,
     "min_contrast": 0.5, "train_scenes": 30, "eval_scenes": 20, "curve_every": 2,

@@ -429,3 +429,16 @@ def random_masks(n: int, size: tuple[int, int], batch: int = 2, seed: int = 7) -
     """Blobs over a quarter or so of the picture, as soft masks (B, n, H, W)."""
     coarse = torch.rand(batch, max(n, 1), 4, 4, generator=torch.Generator().manual_seed(seed))
     return F.interpolate(coarse, size, mode="bilinear")[:, :n]
+
+
+def snapshot(module: nn.Module) -> list[tuple[str, type, dict[str, Any]]]:
+    """Name, class and attributes of every module in it."""
+    return [(name, type(child), dict(vars(child))) for name, child in module.named_modules()]
+
+
+def assert_same_modules(actual: list[Any], expected: list[Any]) -> None:
+    """Two snapshots show the same classes and the very same attributes."""
+    assert [(name, kind) for name, kind, _ in actual] == [(name, kind) for name, kind, _ in expected]
+    for (name, _, new), (_, _, old) in zip(actual, expected, strict=True):
+        assert new.keys() == old.keys(), name
+        assert all(new[key] is old[key] for key in old), name

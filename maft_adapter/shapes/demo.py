@@ -31,6 +31,7 @@ from tqdm import tqdm
 from .. import show
 from ..adapt import make_mask_aware, valid_masks
 from ..baselines import encode_crops
+from ..checkpoint import replace_file
 from ..classify import class_scores, label_map, text_classifier
 from ..finetune import Sample, finetune
 from ..losses import MAFTLoss
@@ -155,7 +156,7 @@ def run_demo(
 
     def save() -> None:
         result["seconds"] = time.monotonic() - started
-        _write(out / "metrics.json", (json.dumps(result, indent=1) + "\n").encode())
+        replace_file(out / "metrics.json", (json.dumps(result, indent=1) + "\n").encode())
 
     try:
         for seed in seeds:
@@ -177,8 +178,8 @@ def run_demo(
                 figures["label_maps"] = _png(label_maps_figure(scenes, rows))
             figures["curves"] = _png(curves_figure(result))
             for name, png in figures.items():
-                _write(out / f"{name}.png", png)
-            _write(out / "report.html", report_page(result, figures).encode())
+                replace_file(out / f"{name}.png", png)
+            replace_file(out / "report.html", report_page(result, figures).encode())
             save()
     except KeyboardInterrupt:
         count = sum(len(per_seed) for per_seed in finished.values())
@@ -408,10 +409,3 @@ def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Replace the file as a whole."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    part.replace(path)

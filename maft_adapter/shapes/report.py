@@ -207,8 +207,8 @@ fine-tuning knows names and masks of seen classes only. The whole run took {resu
 captions of such scenes, instead of COCO-Stuff and ViT-B/16 at 480&times;480.</li>
 <li>The start layer is {recipe["start_layer"]}; the paper's is 8 of 12. In so small a tower the patches mix
 within a few blocks, and a late start loses the region.</li>
-<li>The learning rate is {recipe["lr"]:g}, the batch {recipe["batch_size"]} and the weights move {recipe["iterations"]}
-times; the paper has 1e-5, 16 and 1000 (COCO-Stuff). So small a tower needs larger steps.</li>
+<li>The learning rate is {recipe["lr"]:g} and the weights move {recipe["iterations"]} times; the paper has 1e-5 and 1000
+(COCO-Stuff). So small a tower needs larger steps.</li>
 <li>The proposals are superpixels merged into regions, made from pixels alone. The paper's come from a trained
 generator, whose scores then join the ensemble of Eq. 9; here the scores are CLIP's alone, as in the paper's
 Table 2. Many of the regions are fragments. Every row is evaluated with all of them; the fine-tuning sees only

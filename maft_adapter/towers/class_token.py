@@ -158,11 +158,11 @@ class _ClassTokenTower(MaskAwareTower):
         raise NotImplementedError
 
     def _call(self, block: nn.Module, x: Tensor, **options: Any) -> Tensor:
-        if self._checkpoints() and torch.is_grad_enabled():
+        if self._grad_checkpointing() and torch.is_grad_enabled():
             return checkpoint(block, x, use_reentrant=False, **options)
         return block(x, **options)
 
-    def _checkpoints(self) -> bool:
+    def _grad_checkpointing(self) -> bool:
         """Whether gradient checkpointing is on and left to the caller of a block."""
         return False
 
@@ -191,7 +191,7 @@ class _ClipTower(ClipViT, _ClassTokenTower):
             x = self._call(blocks[i], x, bias=bias, last=i == len(blocks) - 1)
         return x
 
-    def _checkpoints(self: Any) -> bool:
+    def _grad_checkpointing(self: Any) -> bool:
         return getattr(self.transformer, "grad_checkpointing", False)
 
     def _head(self: Any, x: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ class _TimmTower(TimmViT, _DenseTower):
             options = {"rope": torch.cat([unmoved, rope])[1:]}  # (N-1+hw, 2 * head width)
         return super()._run_biased(x, bias, options)
 
-    def _checkpoints(self: Any) -> bool:
+    def _grad_checkpointing(self: Any) -> bool:
         return self.trunk.grad_checkpointing
 
     def _head(self: Any, x: Tensor) -> Tensor:
