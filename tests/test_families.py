@@ -37,7 +37,14 @@ OF_OPEN_CLIP = [name for name in ZOO if not name.startswith(("openai", "transfor
 TRACED_AS_ANOTHER = {
     *("open_clip", "open_clip-no_ln_pre", "open_clip-not_square"),
     *("open_clip-final_ln_after_pool", "open_clip-output_tokens"),
-    *("timm-eva", "timm-eva02-post_norm", "transformers-clip", "timm-siglip-so400m", "transformers-siglip-so400m"),
+    *(
+        "timm-vit-not_square",
+        "timm-eva",
+        "timm-eva02-post_norm",
+        "transformers-clip",
+        "timm-siglip-so400m",
+        "transformers-siglip-so400m",
+    ),
     *("openai-resnet", "openai-resnet-one_relu", "open_clip-avg", "timm-convnext-mlp"),
 }
 TRACED = [name for name in ZOO if name not in TRACED_AS_ANOTHER]

@@ -172,14 +172,18 @@ def small_resnet() -> ModifiedResNet:
     return ModifiedResNet(layers=[1, 1, 1, 1], output_dim=DIM, heads=HEADS, image_size=64, width=8)
 
 
-def timm_tower(name: str, pool: str, proj: str | None = "linear", size: int = 32, **options: Any) -> Any:
+def timm_tower(
+    name: str, pool: str, proj: str | None = "linear", size: int | tuple[int, int] = 32, **options: Any
+) -> Any:
     """open_clip's `TimmModel`; the options, which make the trunk small, go to timm."""
     create = functools.partial(timm.create_model, **options)
     with mock.patch.object(open_clip.timm_model.timm, "create_model", create):
         return open_clip.timm_model.TimmModel(name, DIM, image_size=size, pool=pool, proj=proj)
 
 
-def timm_vit(name: str, pool: str, proj: str | None = "linear", size: int = 32, **options: Any) -> Any:
+def timm_vit(
+    name: str, pool: str, proj: str | None = "linear", size: int | tuple[int, int] = 32, **options: Any
+) -> Any:
     shape = {"img_size": size, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS}
     return timm_tower(name, pool, proj, size, **{**shape, **options})
 
@@ -270,6 +274,14 @@ ZOO: dict[str, Kind] = {
     "open_clip-next": Kind(class_token, next_open_clip_tower, _BLOCKS, "attn"),
     "openai": Kind(class_token, lambda: OpenAITower(32, PATCH, WIDTH, DEPTH, HEADS, DIM), _BLOCKS, "attn"),
     "timm-vit": Kind(class_token, lambda: timm_vit("vit_base_patch16_clip_224", "token"), _TIMM_BLOCKS, "attn"),
+    "timm-vit-not_square": Kind(
+        class_token,
+        lambda: timm_vit("vit_base_patch16_clip_224", "token", size=(32, 48)),
+        _TIMM_BLOCKS,
+        "attn",
+        size=(32, 48),
+        grid=(4, 6),
+    ),
     "timm-mobileclip_b": Kind(
         class_token,
         mobileclip_b,
