@@ -6,13 +6,26 @@ grid, H x W the mask's own size, D the embedding's width, L the start layer.
 
 __version__ = "0.1.0"
 
-from .adapt import encode_masks, encode_masks_and_image, is_mask_aware, make_mask_aware, restore, valid_masks
+from .adapt import (
+    encode_features,
+    encode_image,
+    encode_masks,
+    encode_masks_and_image,
+    is_mask_aware,
+    make_mask_aware,
+    restore,
+    valid_masks,
+)
 from .checkpoint import load_mask_aware, save_mask_aware
+from .features import ImageFeatures
 from .freezing import trainable_parameters
 from .losses import MAFTLoss
 
 __all__ = [
+    "ImageFeatures",
     "MAFTLoss",
+    "encode_features",
+    "encode_image",
     "encode_masks",
     "encode_masks_and_image",
     "is_mask_aware",

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .features import ImageFeatures
 from .masks import check_masks, pad_masks
-from .towers import FAMILIES, MaskAware, MaskAwareTower, restore_class
+from .towers import FAMILIES
+from .towers.base import MaskAware, MaskAwareTower, mask_aware_modules, refuse_own_methods, restore_class
 from .towers.layouts import INTERPOLATIONS
 
 Tower = TypeVar("Tower", bound=nn.Module)
@@ -19,7 +21,7 @@ _PARALLEL = nn.parallel.DistributedDataParallel, nn.DataParallel
 
 
 def make_mask_aware(
-    visual: Tower, start_layer: int = 8, *, interpolation: str = "maft", threshold: float = 0.5
+    clip_visual: Tower, start_layer: int = 8, *, interpolation: str = "maft", threshold: float = 0.5
 ) -> Tower:
     """Turn a CLIP image tower into the paper's IP-CLIP encoder (Sec. 4.1), in place, without new parameters.
 
@@ -30,17 +32,25 @@ def make_mask_aware(
     - `visual(images, masks)` gives one embedding a proposal, (B, N, D).
     - `visual(images, masks, with_image=True)` gives the proposals' embeddings (B, N, D) and the plain image
       embedding (B, D), and runs what both share once.
+    - `visual(features, masks)` asks masks of what `encode_features` has kept of images.
 
     Images are (B, 3, H, W) as the tower always took them, of any H x W that its patch or stride divides. Masks are
     (B, N, H', W') bool or float in [0, 1], N >= 0, over the same picture at any resolution. How a mask enters
     depends on the tower's family: class token (the paper's Sec. 4.1), learned query, attention pool (Sec. 5.5) or
     average; see the modules of `maft_adapter.towers`. A second call sets all settings anew: what it leaves out becomes
-    the default again. With masks, the blocks of a class-token tower are called one by one: hooks on them fire, hooks on
-    the containers around them do not.
+    the default again.
+
+    With masks, the blocks of a class-token tower are called one by one, from the start layer on twice: with the patch
+    tokens, which gives (patches, keys, values), and with the class tokens. Hooks on them fire each time. Modules that are
+    computed around instead, the containers of the blocks and each block's attention, refuse masks while they have
+    forward hooks or methods of their own.
+
+    Blocks are proven before anything is changed: what this library computes from a block's parts has to equal what the
+    block itself computes, on a few random tokens.
 
     Args:
-        visual: `clip.visual` of an open_clip or OpenAI CLIP, or transformers' `CLIPVisionModel`,
-            `CLIPVisionModelWithProjection` or `SiglipVisionModel`.
+        clip_visual: `clip.visual` of an open_clip or OpenAI CLIP, or transformers' `CLIPVisionModel`,
+            `CLIPVisionModelWithProjection` or `SiglipVisionModel`, or the `.vision_model` of a whole model of theirs.
         start_layer: L in 0..depth, for towers with a class token: blocks before it run as they always did, and from
             block L on class token n sees itself and the patches of mask n. 8 of 12 for ViT-B (Table 4e), 16 of 24
             for ViT-L.
@@ -63,9 +73,9 @@ def make_mask_aware(
         ...     visual(torch.randn(1, 3, 224, 224), torch.ones(1, 5, 224, 224)).shape
         torch.Size([1, 5, 512])
     """
-    _refuse_wrappers(visual)
-    name = type(visual).__name__
-    family = next((family for family in FAMILIES if family.recognise(visual)), None)
+    _refuse_wrappers(clip_visual)
+    name = type(clip_visual).__name__
+    family = next((family for family in FAMILIES if family.recognise(clip_visual)), None)
     if family is None:
         raise ValueError(
             f"{name} is not supported: it has no class token, learned query, attention pool or average over a feature "
@@ -80,21 +90,24 @@ def make_mask_aware(
         if setting not in family.SETTINGS and settings[setting] != default:
             value = settings[setting]
             raise ValueError(f"{setting} is {value!r} but means nothing to {name}, which {family.POOLS}: leave it out")
-    family.check(visual, start_layer)
-    if is_mask_aware(visual):
-        restore(visual)
-    family.patch(visual, start_layer)
-    for module in visual.modules():
+    modules = mask_aware_modules(clip_visual)
+    refuse_own_methods(clip_visual, "the tower")
+    family.check(clip_visual, start_layer)
+    for module in modules:
+        restore_class(module)
+    family.patch(clip_visual, start_layer)
+    for module in clip_visual.modules():
         if isinstance(module, MaskAware):
             for setting in module.settings:
                 setattr(module, setting, settings[setting])
-    return visual
+    return clip_visual
 
 
 def restore(visual: Tower) -> Tower:
     """Undo `make_mask_aware` exactly, in place: same classes, same attributes, same outputs.
 
-    Raises ValueError if `visual` is not mask-aware.
+    Raises ValueError if `visual` is not mask-aware, or if something else made a class out of one of ours (FSDP2, a
+    parametrization): that has to be undone first. Nothing is changed then.
 
     Example:
         >>> import open_clip
@@ -104,9 +117,8 @@ def restore(visual: Tower) -> Tower:
     """
     if not is_mask_aware(visual):
         raise ValueError(f"{type(visual).__name__} is not mask-aware: there is nothing to restore")
-    for module in visual.modules():
-        if isinstance(module, MaskAware):
-            restore_class(module)
+    for module in mask_aware_modules(visual):
+        restore_class(module)
     return visual
 
 
@@ -120,20 +132,82 @@ def is_mask_aware(module: nn.Module) -> bool:
     return isinstance(module, MaskAwareTower)
 
 
-@overload
-def encode_masks(clip_model: Any, images: Tensor, masks: Tensor, normalize: bool = False) -> Tensor: ...
-@overload
-def encode_masks(clip_model: Any, images: Tensor, masks: Sequence[Tensor], normalize: bool = False) -> list[Tensor]: ...
-def encode_masks(
-    clip_model: Any, images: Tensor, masks: Tensor | Sequence[Tensor], normalize: bool = False
-) -> Tensor | list[Tensor]:
-    """Embed mask proposals as `encode_image` embeds images, with a CLIP model whose `.visual` is mask-aware.
+def encode_features(clip_model: Any, images: Tensor) -> ImageFeatures:
+    """What images contribute to any mask, computed once, to ask masks of it at any time.
+
+    From the start layer on, patch tokens see no proposal (Eq. 4), so this part of the work needs no mask. Asked of it,
+    100 masks cost about a twentieth of a plain forward pass.
 
     Args:
-        clip_model: open_clip or OpenAI CLIP, patched by `make_mask_aware(clip_model.visual)`. Towers of transformers
-            stand alone: call `visual(images, masks)`.
+        clip_model: as `encode_masks` takes it.
         images: (B, 3, H, W) normalised as the model wants them.
-        masks: (B, N, H', W') bool or float in [0, 1], or a list of B tensors (N_i, H', W').
+
+    Returns:
+        Features of the B images, which `encode_masks`, `encode_masks_and_image`, `encode_image` and the tower itself
+        take in place of images, as long as the tower's settings and weights stay what they are.
+
+    Raises:
+        TypeError, ValueError: the model is not mask-aware, or images are not as above.
+
+    Example:
+        >>> import open_clip
+        >>> clip = open_clip.create_model("ViT-B-32").eval()
+        >>> _ = make_mask_aware(clip.visual)
+        >>> with torch.no_grad():
+        ...     features = encode_features(clip, torch.randn(1, 3, 224, 224))
+        ...     first = encode_masks(clip, features, torch.ones(1, 5, 64, 64))
+        ...     more = encode_masks(clip, features, torch.ones(1, 300, 480, 480))
+        >>> first.shape, more.shape
+        (torch.Size([1, 5, 512]), torch.Size([1, 300, 512]))
+    """
+    visual = _tower(clip_model)
+    tower = _unwrapped(visual)
+    tensors = visual(images, features=True)
+    return ImageFeatures(tower, tensors, tower.token_grid(images), tower.seen(images))
+
+
+def encode_image(clip_model: Any, images: Tensor | ImageFeatures, normalize: bool = False) -> Tensor:
+    """The plain image embedding (B, D), whatever else a tower's own call would give, of images or kept features.
+
+    Self-distillation (Eq. 8) compares it with a frozen teacher's. Arguments and errors as `encode_masks`.
+
+    Example:
+        >>> import open_clip
+        >>> clip = open_clip.create_model("ViT-B-32").eval()
+        >>> _ = make_mask_aware(clip.visual)
+        >>> with torch.no_grad():
+        ...     encode_image(clip, encode_features(clip, torch.randn(2, 3, 224, 224))).shape
+        torch.Size([2, 512])
+    """
+    output = _tower(clip_model)(images)
+    if isinstance(output, tuple):  # open_clip's with output_tokens
+        output = output[0]
+    elif not isinstance(output, Tensor):  # transformers'
+        output = output.image_embeds if "image_embeds" in output else output.pooler_output
+    image = _projected(clip_model, output)  # (B, D)
+    return F.normalize(image, dim=-1) if normalize else image
+
+
+@overload
+def encode_masks(
+    clip_model: Any, images: Tensor | ImageFeatures, masks: Tensor, normalize: bool = False
+) -> Tensor: ...
+@overload
+def encode_masks(
+    clip_model: Any, images: Tensor | ImageFeatures, masks: Sequence[Tensor], normalize: bool = False
+) -> list[Tensor]: ...
+def encode_masks(
+    clip_model: Any, images: Tensor | ImageFeatures, masks: Tensor | Sequence[Tensor], normalize: bool = False
+) -> Tensor | list[Tensor]:
+    """Embed mask proposals as `encode_image` embeds images, with a CLIP model whose image tower is mask-aware.
+
+    Args:
+        clip_model: open_clip or OpenAI CLIP, patched by `make_mask_aware(clip_model.visual)`, or a whole model of
+            transformers (`CLIPModel`, `SiglipModel`, ...), patched by `make_mask_aware(clip_model.vision_model)`, whose
+            projection is applied, too, or a mask-aware tower that stands alone.
+        images: (B, 3, H, W) normalised as the model wants them, or what `encode_features` has kept of them.
+        masks: (B, N, H', W') bool or float in [0, 1], or a list of B tensors (N_i, H', W'), of any N: they are asked in
+            chunks that bound the memory.
         normalize: scale embeddings to unit length.
 
     Returns:
@@ -141,7 +215,8 @@ def encode_masks(
         (see `valid_masks`) gets a finite embedding that says nothing about its region.
 
     Raises:
-        TypeError, ValueError: the model is not mask-aware, or images or masks are not as above.
+        TypeError, ValueError: the model is not mask-aware, images or masks are not as above, or features are of another
+            tower, settings or weights.
 
     Example:
         >>> import open_clip
@@ -153,20 +228,20 @@ def encode_masks(
         [(2, 512), (3, 512)]
     """
     padded = masks if isinstance(masks, Tensor) else pad_masks(masks)  # (B, N, H', W')
-    embeddings = _tower(clip_model)(images, padded)  # (B, N, D)
+    embeddings = _projected(clip_model, _tower(clip_model)(images, padded))  # (B, N, D)
     return _unpad(F.normalize(embeddings, dim=-1) if normalize else embeddings, masks)
 
 
 @overload
 def encode_masks_and_image(
-    clip_model: Any, images: Tensor, masks: Tensor, normalize: bool = False
+    clip_model: Any, images: Tensor | ImageFeatures, masks: Tensor, normalize: bool = False
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def encode_masks_and_image(
-    clip_model: Any, images: Tensor, masks: Sequence[Tensor], normalize: bool = False
+    clip_model: Any, images: Tensor | ImageFeatures, masks: Sequence[Tensor], normalize: bool = False
 ) -> tuple[list[Tensor], Tensor]: ...
 def encode_masks_and_image(
-    clip_model: Any, images: Tensor, masks: Tensor | Sequence[Tensor], normalize: bool = False
+    clip_model: Any, images: Tensor | ImageFeatures, masks: Tensor | Sequence[Tensor], normalize: bool = False
 ) -> tuple[Tensor | list[Tensor], Tensor]:
     """`encode_masks` and `encode_image` of the same images in one pass, which runs what both share once.
 
@@ -183,13 +258,14 @@ def encode_masks_and_image(
         [(1, 2, 512), (1, 512)]
     """
     padded = masks if isinstance(masks, Tensor) else pad_masks(masks)  # (B, N, H', W')
-    embeddings, image = _tower(clip_model)(images, padded, with_image=True)  # (B, N, D), (B, D)
+    both = _tower(clip_model)(images, padded, with_image=True)  # (B, N, D), (B, D)
+    embeddings, image = (_projected(clip_model, output) for output in both)
     if normalize:
         embeddings, image = F.normalize(embeddings, dim=-1), F.normalize(image, dim=-1)
     return _unpad(embeddings, masks), image
 
 
-def valid_masks(visual: Any, images: Tensor, masks: Tensor) -> Tensor:
+def valid_masks(visual: Any, images: Tensor | ImageFeatures, masks: Tensor) -> Tensor:
     """Which proposals contain a patch of the token grid -> (B, N) bool; the embeddings of others say nothing.
 
     Towers that average weigh every cell by its share, so for them it is every mask that is not 0 throughout; binarise
@@ -197,7 +273,7 @@ def valid_masks(visual: Any, images: Tensor, masks: Tensor) -> Tensor:
 
     Args:
         visual: a mask-aware tower.
-        images: (B, 3, H, W); only the shape is read.
+        images: (B, 3, H, W), of which only the shape is read, or kept features.
         masks: (B, N, H', W') bool or float in [0, 1].
 
     Raises:
@@ -213,20 +289,36 @@ def valid_masks(visual: Any, images: Tensor, masks: Tensor) -> Tensor:
     if not is_mask_aware(visual):
         raise TypeError(f"{type(visual).__name__} is not mask-aware; call make_mask_aware on it first")
     check_masks(masks, batch=len(images))
-    return visual.valid_masks(masks, visual.token_grid(images))
+    kept = isinstance(images, ImageFeatures)
+    grid, seen = (images.grid, images.seen) if kept else (visual.token_grid(images), visual.seen(images))
+    return visual.valid_masks(masks, grid, seen)
 
 
 def _tower(clip_model: Any) -> Any:
-    visual = getattr(clip_model, "visual", None)
+    """The mask-aware image tower of a CLIP, inside whatever wraps it."""
+    if is_mask_aware(_unwrapped(clip_model)):
+        return clip_model
+    if isinstance(clip_model, _PARALLEL):
+        raise TypeError(f"clip_model is a {type(clip_model).__name__}; pass its .module, or wrap the image tower alone")
+    name = "vision_model" if hasattr(clip_model, "vision_model") and not hasattr(clip_model, "visual") else "visual"
+    visual = getattr(clip_model, name, None)
     if visual is None or not is_mask_aware(_unwrapped(visual)):
-        raise TypeError("clip_model.visual is not mask-aware; call make_mask_aware(clip_model.visual) first")
+        raise TypeError(f"clip_model.{name} is not mask-aware; call make_mask_aware(clip_model.{name}) first")
     return visual
 
 
 def _unwrapped(visual: Any) -> Any:
-    """The tower inside torch.compile's or a parallel wrapper."""
+    """The tower inside torch.compile's, a parallel or peft's wrapper."""
     visual = getattr(visual, "_orig_mod", visual)
-    return visual.module if isinstance(visual, _PARALLEL) else visual
+    visual = visual.module if isinstance(visual, _PARALLEL) else visual
+    return visual.get_base_model() if hasattr(visual, "get_base_model") else visual
+
+
+def _projected(clip_model: Any, embeddings: Tensor) -> Tensor:
+    """transformers' whole models project what their tower gives."""
+    whole = hasattr(clip_model, "vision_model") and hasattr(clip_model, "text_model")
+    project = getattr(clip_model, "visual_projection", None) if whole else None
+    return embeddings if project is None else project(embeddings)
 
 
 def _unpad(embeddings: Tensor, masks: Tensor | Sequence[Tensor]) -> Any:
@@ -247,3 +339,10 @@ def _refuse_wrappers(visual: Any) -> None:
         raise TypeError(f"{name} is a parallel wrapper; patch before wrapping, or pass its .module")
     if isinstance(getattr(visual, "visual", None), nn.Module):
         raise TypeError(f"{name} is a whole CLIP model; pass its image tower: make_mask_aware(model.visual)")
+    if hasattr(visual, "vision_model") and hasattr(visual, "text_model"):
+        raise TypeError(
+            f"{name} is a whole model; pass its image tower: make_mask_aware(model.vision_model), then "
+            "encode_masks(model, ...), which projects what the tower gives"
+        )
+    if hasattr(visual, "get_base_model"):
+        raise TypeError(f"{name} is peft's wrapper; patch before get_peft_model, or pass its .get_base_model()")

@@ -1,95 +1,43 @@
 """Proposal-biased attention (paper Eq. 2-4): class tokens look at their own mask, patches at patches.
 
-`proposal_attention` is the form that runs; `dense_block` is the same equations with one (N+P)^2 bias, as the
-paper writes them, kept as the oracle of the tests and the yardstick of the benchmark.
+Patches never see a class token, so their keys and values are computed once and kept; class tokens are asked against
+them (`class_attention`). `dense_block` is the same equations with one (N+P)^2 bias, as the paper writes them, kept as
+the oracle of the tests and the yardstick of the benchmark.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def proposal_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Multi-head attention of N class tokens and P patch tokens, in two parts, without any (N+P)^2 mask.
-
-    Class token n attends to itself and, with `bias`, to the patches (Eq. 2-3). Patches attend to patches only
-    (Eq. 4), without any mask, so the fused kernel applies.
+def class_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """Multi-head attention of N class tokens, each on itself and on the patches of its mask (Eq. 2-3).
 
     Args:
-        q: (B, heads, N+P, d) queries, class tokens first; or (B, heads, N, d) when only they are wanted.
-        k: (B, heads, N+P, d) keys.
-        v: (B, heads, N+P, d) values.
+        q, k, v: (B, heads, N, d) of the class tokens.
+        keys, values: (B, heads, P, d) of the patch tokens.
         bias: (B, 1, N, P) added to the logits of class tokens on patches: 0 inside the mask, -inf outside.
 
     Returns:
-        The shape of `q`. A class token whose mask is empty sees itself alone and stays finite.
+        (B, heads, N, d). A class token whose mask is empty sees itself alone and stays finite.
 
     Example:
-        >>> q = k = v = torch.randn(1, 2, 3 + 4, 8)
-        >>> proposal_attention(q, k, v, torch.zeros(1, 1, 3, 4)).shape
-        torch.Size([1, 2, 7, 8])
+        >>> q = k = v = torch.randn(1, 2, 3, 8)
+        >>> keys = values = torch.randn(1, 2, 4, 8)
+        >>> class_attention(q, k, v, keys, values, torch.zeros(1, 1, 3, 4)).shape
+        torch.Size([1, 2, 3, 8])
     """
-    n, p = bias.shape[-2:]
-    q_cls, q_patch = q[:, :, :n], q[:, :, n:]
-    (k_cls, k_patch), (v_cls, v_patch) = k.split([n, p], dim=2), v.split([n, p], dim=2)
-    q_cls = q_cls * q.shape[-1] ** -0.5
-    on_itself = (q_cls * k_cls).sum(-1, keepdim=True)  # (B, heads, N, 1)
-    on_patches = q_cls @ k_patch.mT + bias  # (B, heads, N, P)
+    q = q * q.shape[-1] ** -0.5
+    on_itself = (q * k).sum(-1, keepdim=True)  # (B, heads, N, 1)
+    on_patches = q @ keys.mT + bias  # (B, heads, N, P)
     weights = torch.cat([on_itself, on_patches], dim=-1).softmax(dim=-1).to(v.dtype)  # (B, heads, N, 1+P)
-    out_cls = weights[..., :1] * v_cls + weights[..., 1:] @ v_patch  # (B, heads, N, d)
-    if q.shape[2] == n:
-        return out_cls
-    out_patch = F.scaled_dot_product_attention(q_patch, k_patch, v_patch)  # (B, heads, P, d)
-    return torch.cat([out_cls, out_patch], dim=2)
-
-
-def proposal_block(block: Any, x: Tensor, bias: Tensor, last: bool = False) -> Tensor:
-    """A CLIP residual block with proposal-biased attention, addressed by its parameters and children.
-
-    Args:
-        block: has ln_1, attn (in_proj_weight, in_proj_bias, out_proj, num_heads), ln_2, mlp (and ls_1, ls_2).
-        x: (B, N+P, width), class tokens first.
-        bias: (B, 1, N, P), see `proposal_attention`.
-        last: nothing reads the patch tokens after this block: of them only keys and values are computed.
-
-    Returns:
-        (B, N+P, width), or (B, N, width) if `last`.
-    """
-    attn, width = block.attn, x.shape[-1]
-    ls_1, ls_2 = getattr(block, "ls_1", _identity), getattr(block, "ls_2", _identity)
-    queries = bias.shape[-2] if last else x.shape[1]
-    q_bias, kv_bias = (None, None) if attn.in_proj_bias is None else attn.in_proj_bias.split([width, 2 * width])
-
-    y = block.ln_1(x)  # (B, N+P, width)
-    q = F.linear(y[:, :queries], attn.in_proj_weight[:width], q_bias)  # (B, Q, width)
-    kv = F.linear(y, attn.in_proj_weight[width:], kv_bias)  # (B, N+P, 2 * width)
-    q = rearrange(q, "b q (h d) -> b h q d", h=attn.num_heads)
-    k, v = rearrange(kv, "b t (two h d) -> two b h t d", two=2, h=attn.num_heads)
-    out = rearrange(proposal_attention(q, k, v, bias), "b h q d -> b q (h d)")  # (B, Q, width)
-    x = x[:, :queries] + ls_1(attn.out_proj(out))
-    return x + ls_2(block.mlp(block.ln_2(x)))
-
-
-def dense_bias(bias: Tensor) -> Tensor:
-    """The bias B of Eq. 2 written out for every pair of tokens, for blocks that take such a mask.
-
-    Args:
-        bias: (B, 1, N, P), see `proposal_attention`.
-
-    Returns:
-        (B, 1, N+P, N+P): class tokens see themselves and their patches, patches see patches (Eq. 4).
-    """
-    n, p = bias.shape[-2:]
-    full = bias.new_full((bias.shape[0], 1, n + p, n + p), float("-inf"))
-    full[:, :, :n, :n].diagonal(dim1=2, dim2=3).fill_(0)  # I(N, N)
-    full[:, :, :n, n:] = bias  # Flat(M)
-    full[:, :, n:, n:] = 0  # Eq. 4
-    return full
+    return weights[..., :1] * v + weights[..., 1:] @ values  # (B, heads, N, d)
 
 
 def query_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -112,10 +60,76 @@ def query_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=bias), "b h n d -> b n (h d)")
 
 
-def dense_block(block: Any, x: Tensor, bias: Tensor) -> Tensor:
-    """`proposal_block` with the bias of every pair of tokens and head written out.
+class Projections(NamedTuple):
+    """What an attention with the parameters of `nn.MultiheadAttention` computes with."""
 
-    Args and returns as `proposal_block` with `last=False`.
+    weight: Any  # of queries, keys and values one below the other, (3 * width, width), or a tuple of three
+    bias: Tensor | None  # (3 * width,)
+    heads: int
+    out: Callable[[Tensor], Tensor]  # the output projection of (..., width)
+
+
+def projections(attn: Any) -> Projections:
+    """The projections of `attn`: an `nn.MultiheadAttention`, one with its parameters, or peft's LoRA around it.
+
+    `nn.MultiheadAttention` reads the weight of its `out_proj` and never calls it, so neither is it called here:
+    whatever wraps that layer changes as little as in the host.
+    """
+    lora = hasattr(attn, "get_delta_weight")
+    base = attn.base_layer if lora else attn
+    weight, out = base.in_proj_weight, base.out_proj
+    if weight is None:
+        weight = base.q_proj_weight, base.k_proj_weight, base.v_proj_weight
+    if not isinstance(base, nn.MultiheadAttention):
+        return Projections(weight, base.in_proj_bias, base.num_heads, out)
+    out_weight = out.weight
+    if lora and not attn.disable_adapters and not attn.merged:
+        # Its own forward adds what is active to the weights, calls the attention, and takes it out again.
+        for adapter in (name for name in attn.active_adapters if name in attn.lora_A):
+            weight = weight + attn.get_delta_weight(adapter)
+            out_weight = out_weight + out.get_delta_weight(adapter)
+    return Projections(weight, base.in_proj_bias, base.num_heads, lambda x: F.linear(x, out_weight, out.bias))
+
+
+def project(x: Tensor, attn: Projections, first: int, last: int) -> tuple[Tensor, ...]:
+    """Tokens (B, T, width) -> parts `first` to `last` (exclusive) of queries, keys, values, (B, heads, T, d) each."""
+    if not isinstance(attn.weight, Tensor):
+        biases = (None,) * 3 if attn.bias is None else attn.bias.chunk(3)
+        parts = [F.linear(x, attn.weight[i], biases[i]) for i in range(first, last)]
+        return tuple(rearrange(part, "b t (h d) -> b h t d", h=attn.heads) for part in parts)
+    width = len(attn.weight) // 3
+    rows = slice(first * width, last * width)
+    fused = F.linear(x, attn.weight[rows], None if attn.bias is None else attn.bias[rows])
+    return tuple(rearrange(fused, "b t (parts h d) -> parts b h t d", parts=last - first, h=attn.heads))
+
+
+def dense_bias(bias: Tensor) -> Tensor:
+    """The bias B of Eq. 2 written out for every pair of tokens, for blocks that take such a mask.
+
+    Args:
+        bias: (B, 1, N, P), see `class_attention`.
+
+    Returns:
+        (B, 1, N+P, N+P): class tokens see themselves and their patches, patches see patches (Eq. 4).
+    """
+    n, p = bias.shape[-2:]
+    full = bias.new_full((bias.shape[0], 1, n + p, n + p), float("-inf"))
+    full[:, :, :n, :n].diagonal(dim1=2, dim2=3).fill_(0)  # I(N, N)
+    full[:, :, :n, n:] = bias  # Flat(M)
+    full[:, :, n:, n:] = 0  # Eq. 4
+    return full
+
+
+def dense_block(block: Any, x: Tensor, bias: Tensor) -> Tensor:
+    """A CLIP residual block with the bias of every pair of tokens and head written out.
+
+    Args:
+        block: has ln_1, attn (in_proj_weight, in_proj_bias, out_proj, num_heads), ln_2, mlp (and ls_1, ls_2).
+        x: (B, N+P, width), class tokens first.
+        bias: (B, 1, N, P), see `class_attention`.
+
+    Returns:
+        (B, N+P, width).
     """
     attn = block.attn
     ls_1, ls_2 = getattr(block, "ls_1", _identity), getattr(block, "ls_2", _identity)

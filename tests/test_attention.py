@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from maft_adapter.attention import dense_block, proposal_attention, proposal_block
+from maft_adapter.attention import class_attention, dense_block
+from maft_adapter.towers.base import swap_class
+from maft_adapter.towers.blocks import ClipBlock
 
 B, HEADS, N, P, D = 2, 3, 4, 6, 5
 
@@ -40,42 +42,42 @@ def random_qkv() -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def split(*tensors: Tensor) -> list[Tensor]:
+    """Class tokens of all of them, then patches of all but the first, as `class_attention` takes q, k and v."""
+    return [x[:, :, :N] for x in tensors] + [x[:, :, N:] for x in tensors[1:]]
+
+
 def test_equals_a_loop_over_tokens() -> None:
     q, k, v = random_qkv()
     bias = random_bias().double()
-    out = proposal_attention(q, k, v, bias)
+    out = class_attention(*split(q, k, v), bias)
     for b, h in product(range(B), range(HEADS)):
-        expected = token_by_token(q[b, h], k[b, h], v[b, h], bias[b, 0] == 0)
+        expected = token_by_token(q[b, h], k[b, h], v[b, h], bias[b, 0] == 0)[:N]
         torch.testing.assert_close(out[b, h], expected, rtol=0, atol=1e-12)
-
-
-def test_class_queries_alone_give_the_class_rows() -> None:
-    q, k, v = random_qkv()
-    bias = random_bias().double()
-    assert torch.equal(proposal_attention(q[:, :, :N], k, v, bias), proposal_attention(q, k, v, bias)[:, :, :N])
 
 
 def test_an_empty_mask_returns_its_own_value() -> None:
     q, k, v = random_qkv()
     bias = torch.full((B, 1, N, P), float("-inf"), dtype=torch.float64)
-    torch.testing.assert_close(proposal_attention(q, k, v, bias)[:, :, :N], v[:, :, :N])
+    torch.testing.assert_close(class_attention(*split(q, k, v), bias), v[:, :, :N])
 
 
-def test_without_proposals_it_is_plain_attention_of_the_patches() -> None:
-    q, k, v = (x[:, :, N:] for x in random_qkv())
-    out = proposal_attention(q, k, v, torch.zeros(B, 1, 0, P, dtype=torch.float64))
-    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v))
+def test_without_proposals_it_is_empty() -> None:
+    q, k, v = random_qkv()
+    empty = [x[:, :, :0] for x in (q, k, v)]
+    out = class_attention(*empty, k, v, torch.zeros(B, 1, 0, N + P, dtype=torch.float64))
+    assert out.shape == (B, HEADS, 0, D)
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
-    q, k, v = (x[:1, :1].requires_grad_() for x in random_qkv())
+    parts = [x[:1, :1].clone().requires_grad_() for x in split(*random_qkv())]
     bias = random_bias()[:1].double()
-    assert torch.autograd.gradcheck(lambda q, k, v: proposal_attention(q, k, v, bias), (q, k, v))
+    assert torch.autograd.gradcheck(lambda *parts: class_attention(*parts, bias), parts)
 
 
 def test_large_logits_stay_finite() -> None:
     q, k, v = random_qkv()
-    assert proposal_attention(1e4 * q, 1e4 * k, v, random_bias().double()).isfinite().all()
+    assert class_attention(*split(1e4 * q, 1e4 * k, v), random_bias().double()).isfinite().all()
 
 
 def block_loop(block: Any, x: Tensor, bias: Tensor) -> Tensor:
@@ -97,6 +99,17 @@ def is_scaled(block: Any) -> bool:
     return hasattr(getattr(block, "ls_1", None), "gamma")
 
 
+def split_block(block: Any, x: Tensor, bias: Tensor) -> Tensor:
+    """Patches once, then class tokens asked of what they kept; with `dense_block`'s arguments and result."""
+    swap_class(block, ClipBlock)
+    patches, keys, values = block(x[:, N:], keep=True)
+    unread, *same = block(x[:, N:], keep=True, last=True)
+    assert torch.equal(unread, x[:, N:])
+    for kept, expected in zip(same, (keys, values), strict=True):
+        torch.testing.assert_close(kept, expected)
+    return torch.cat([block(x[:, :N], asked=(keys, values, bias)), patches], dim=1)
+
+
 def test_both_forms_of_the_block_equal_the_loop(tower: Any) -> None:
     block = tower.transformer.resblocks[0].double()
     width = block.ln_1.normalized_shape[0]
@@ -104,15 +117,14 @@ def test_both_forms_of_the_block_equal_the_loop(tower: Any) -> None:
     bias = random_bias().double()
     expected = block_loop(block, x, bias)
     torch.testing.assert_close(dense_block(block, x, bias), expected, rtol=0, atol=1e-10)
-    torch.testing.assert_close(proposal_block(block, x, bias), expected, rtol=0, atol=1e-10)
-    torch.testing.assert_close(proposal_block(block, x, bias, last=True), expected[:, :N], rtol=0, atol=1e-10)
+    torch.testing.assert_close(split_block(block, x, bias), expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("form", [dense_block, proposal_block])
+@pytest.mark.parametrize("form", [dense_block, split_block])
 def test_attention_without_biases(build_tower: Any, form: Any) -> None:
-    block = build_tower().transformer.resblocks[0]
-    x, bias = torch.randn(B, N + P, block.ln_1.normalized_shape[0]), random_bias()
-    torch.nn.init.zeros_(block.attn.in_proj_bias)
-    expected = form(block, x, bias)
-    block.attn.in_proj_bias = None
-    torch.testing.assert_close(form(block, x, bias), expected)
+    first, second = build_tower().transformer.resblocks[:2]
+    second.load_state_dict(first.state_dict())
+    x, bias = torch.randn(B, N + P, first.ln_1.normalized_shape[0]), random_bias()
+    torch.nn.init.zeros_(first.attn.in_proj_bias)
+    second.attn.in_proj_bias = None
+    torch.testing.assert_close(form(second, x, bias), form(first, x, bias))

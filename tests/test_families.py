@@ -203,21 +203,28 @@ def test_hooks_on_its_blocks_fire(plain: Any, kind: Kind, images: Tensor, masks:
     blocks = [(name, plain.get_submodule(name)) for name in kind.blocks]
     blocks[-1][1].register_forward_hook(lambda *_: calls.append(kind.blocks[-1]))  # before patching and after it
     make_mask_aware(plain, **kind.settings)
+    calls.clear()
     for name, block in blocks[:-1]:
         block.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
-    for arguments in ((images,), (images, masks)):
-        calls.clear()
-        plain(*arguments)
-        assert calls == list(kind.blocks)
+    plain(images)
+    assert calls == list(kind.blocks)
+    calls.clear()
+    plain(images, masks)
+    asked = kind.blocks[plain.start_layer :] if kind.family is class_token else ()  # once more, by class tokens
+    assert calls == [*kind.blocks, *asked]
     before = plain(images, masks)
-    blocks[-1][1].register_forward_hook(lambda module, args, output: output.cos())  # what it gives is heard
+    # what it gives is heard
+    blocks[-1][1].register_forward_hook(
+        lambda module, args, output: (output[0].cos(), *output[1:]) if isinstance(output, tuple) else output.cos()
+    )
     assert not torch.equal(plain(images, masks), before)
 
 
 def test_gradient_checkpointing_changes_nothing(plain: Any, kind: Kind, images: Tensor, masks: Tensor) -> None:
     calls: list[nn.Module] = []
-    for module in plain.get_submodule(kind.blocks[-1]).modules():
-        module.register_forward_hook(lambda module, *_: calls.append(module))
+    for name, module in plain.get_submodule(kind.blocks[-1]).named_modules():
+        if name not in ("attn", "self_attn"):  # which masked passes compute around, and refuse hooks on
+            module.register_forward_hook(lambda module, *_: calls.append(module))
 
     def run(*arguments: Tensor) -> tuple[Tensor, list[Any], int]:
         calls.clear()
@@ -227,7 +234,7 @@ def test_gradient_checkpointing_changes_nothing(plain: Any, kind: Kind, images: 
         return output, grads, max(calls.count(module) for module in calls)
 
     make_mask_aware(plain.train(), **kind.settings)
-    expected, gradients, _ = run(images, masks)
+    expected, gradients, once = run(images, masks)
     if hasattr(plain, "set_grad_checkpointing"):
         plain.set_grad_checkpointing()
     elif hasattr(plain, "activation_checkpointing_enable"):
@@ -238,7 +245,7 @@ def test_gradient_checkpointing_changes_nothing(plain: Any, kind: Kind, images: 
         assert (grad is None) == (wanted is None)
         if grad is not None:
             close(grad, wanted, 1e-4)
-    assert times == run(images)[2]  # twice where the tower computes its blocks again on the way back
+    assert (times > once) == (run(images)[2] > 1)  # where the tower computes its blocks again on the way back
 
 
 @pytest.mark.parametrize(
@@ -613,7 +620,7 @@ def test_active_patch_dropout_is_refused_with_masks(kind: Kind, name: str, image
     [
         (
             lambda: timm_tower("vit_relpos_medium_patch16_cls_224", "", depth=1),
-            "trunk.blocks.0 (RelPosBlock) takes no attn_mask, which the proposals' bias goes in as; a relative",
+            "trunk.blocks.0.attn (RelPosAttention) has rel_pos, unknown here",
         ),
         (
             lambda: timm_vit("vit_base_patch16_clip_224", "token", reg_tokens=2),
@@ -689,13 +696,6 @@ def test_what_is_computed_otherwise_is_refused(
     with pytest.raises(ValueError, match=re.escape(message)):
         make_mask_aware(plain, **kind.settings)
     assert_same_modules(snapshot(plain), modules)
-
-
-def test_flash_attention_takes_no_mask() -> None:
-    tower = make_mask_aware(transformers_tower("CLIPVisionModel"), 1)
-    tower.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match=r"flash_attention_2 takes no mask of pairs of tokens; call \.set_attn_imp"):
-        tower(random_images((32, 32)), random_masks(2, (8, 8)))
 
 
 def test_with_image_needs_masks(tower: Any, images: Tensor) -> None:

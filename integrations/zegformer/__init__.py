@@ -19,7 +19,7 @@ from maft_adapter.checkpoint import load_visual
 from maft_adapter.integrations.inference import ClipInput, check_host, clip_patch_size
 from maft_adapter.integrations.stage2 import Host, TrainingBatch
 from maft_adapter.integrations.stage2 import add_maft_config as _add_maft_config
-from maft_adapter.towers import MaskAware, restore_class, swap_class
+from maft_adapter.towers.base import MaskAware, restore_class, swap_class
 
 __all__ = ["HOST", "add_maft_config", "load_visual", "patch", "unpatch", "visual"]
 

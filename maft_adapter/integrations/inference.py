@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapt import make_mask_aware, restore
-from ..towers import MaskAware, restore_class, swap_class
+from ..towers.base import MaskAware, restore_class, swap_class
 
 
 def check_host(model: Any, expected: str) -> None:

@@ -25,7 +25,7 @@ from ..adapt import is_mask_aware
 from ..classify import class_scores
 from ..freezing import trainable_parameters
 from ..losses import MAFTLoss
-from ..towers import MaskAware, swap_class
+from ..towers.base import MaskAware, swap_class
 
 # The paper's iterations (Sec. 5.1), found by what the names of the training sets hold.
 ITERATIONS = {"voc": 100, "coco": 1000, "ade20k": 5000}

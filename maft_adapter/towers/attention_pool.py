@@ -15,8 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..attention import query_attention
-from ..masks import attention_bias
-from . import MaskAware, PoolingTower, divide_into_patches, refuse_unknown, swap_class
+from .base import MaskAware, MaskAwareTower, divide_into_patches, refuse_unknown, swap_class
 from .layouts import interpolate_position
 
 SETTINGS = ("interpolation", "threshold")
@@ -52,13 +51,13 @@ def _native_side(pool: Any) -> int:
     return round((len(pool.positional_embedding) - 1) ** 0.5)
 
 
-class _ResNetTower(PoolingTower):
+class _ResNetTower(MaskAwareTower):
     settings = SETTINGS
 
     def token_grid(self, images: Tensor) -> tuple[int, int]:
         return divide_into_patches(images, (_STRIDE, _STRIDE))
 
-    def _features(self: Any, images: Tensor) -> Tensor:
+    def _features(self: Any, images: Tensor) -> tuple[Tensor, ...]:
         x = images.to(self.conv1.weight.dtype)
         for i in ("1", "2", "3"):  # the activation is act1..3 in open_clip, relu1..3 or one relu in OpenAI's
             act = getattr(self, f"act{i}", None) or getattr(self, f"relu{i}", None) or self.relu
@@ -66,13 +65,13 @@ class _ResNetTower(PoolingTower):
         x = self.avgpool(x)
         for name in _LAYERS:
             x = getattr(self, name)(x)
-        return x  # (B, C, h, w)
+        return (x,)  # (B, C, h, w)
 
-    def _pool_masks(self: Any, features: Tensor, masks: Tensor, grid: tuple[int, int]) -> Tensor:
-        return self.attnpool(features, attention_bias(masks, grid, features.dtype, self.threshold))
+    def _pool_masks(self: Any, features: tuple[Tensor, ...], on_grid: Tensor) -> Tensor:
+        return self.attnpool(features[0], on_grid)
 
-    def _pool_image(self: Any, features: Tensor) -> Tensor:
-        return self.attnpool(features)
+    def _pool_image(self: Any, features: tuple[Tensor, ...], grid: tuple[int, int]) -> Tensor:
+        return self.attnpool(features[0])
 
 
 class _AttentionPool(MaskAware):

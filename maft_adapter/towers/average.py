@@ -8,13 +8,15 @@ mean of the whole map, so that it stays finite.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
 from ..masks import mean_weights
-from . import MaskAwareTower, PoolingTower, divide_into_patches, refuse_unknown, swap_class
+from .base import MaskAwareTower, divide_into_patches, refuse_unknown, swap_class
 from .layouts import (
     PoolingOpenClipViT,
     PoolingTimm,
@@ -71,17 +73,20 @@ def _timm_pool(trunk: Any) -> str | None:
     return getattr(getattr(trunk.head, "global_pool", None), "pool_type", None)
 
 
-class _AverageTower(PoolingTower):
+class _AverageTower(MaskAwareTower):
     """What the hosts share: the mean over each mask, of what the tower averages."""
 
     settings = SETTINGS
 
-    def valid_masks(self, masks: Tensor, grid: tuple[int, int]) -> Tensor:
-        return masks.flatten(2).any(-1)  # (B, N)
+    def valid_masks(self, masks: Tensor, grid: tuple[int, int], seen: tuple[float, float]) -> Tensor:
+        rows, columns = (math.ceil(size * share) for size, share in zip(masks.shape[2:], seen, strict=True))
+        return masks[..., :rows, :columns].flatten(2).any(-1)  # (B, N)
 
-    def _pool_masks(self, features: Tensor, masks: Tensor, grid: tuple[int, int]) -> Tensor:
-        patches = self._patches(features)  # (B, hw, C)
-        return self._head(mean_weights(masks, grid).to(patches.dtype) @ patches)
+    def _on_grid(self, masks: Tensor, grid: tuple[int, int], seen: tuple[float, float], dtype: torch.dtype) -> Tensor:
+        return mean_weights(masks, grid, seen).to(dtype)  # (B, N, h*w)
+
+    def _pool_masks(self, features: tuple[Tensor, ...], on_grid: Tensor) -> Tensor:
+        return self._head(on_grid @ self._patches(features[0]))  # (B, N, D)
 
     def _patches(self, features: Tensor) -> Tensor:
         """Features -> (B, hw, C), row after row."""
@@ -105,7 +110,7 @@ class _TimmViTTower(PoolingTimmViT, _AverageTower):
         return features
 
     def _head(self: Any, means: Tensor) -> Tensor:
-        return self._pool_image(means.flatten(0, 1)[:, None]).unflatten(0, means.shape[:2])  # each its own patch
+        return self._pool_image((means.flatten(0, 1)[:, None],), (1, 1)).unflatten(0, means.shape[:2])  # each its own patch
 
 
 class _TimmMapTower(PoolingTimm, _AverageTower):
@@ -129,4 +134,4 @@ class _TimmMapTower(PoolingTimm, _AverageTower):
     def _head(self: Any, means: Tensor) -> Tensor:
         nhwc = getattr(self.trunk, "output_fmt", "NCHW") == "NHWC"
         single = rearrange(means, "b n c -> (b n) 1 1 c" if nhwc else "b n c -> (b n) c 1 1")  # a map of one cell each
-        return self._pool_image(single).unflatten(0, means.shape[:2])
+        return self._pool_image((single,), (1, 1)).unflatten(0, means.shape[:2])

@@ -7,6 +7,7 @@ everything which the host builds on it (intermediate features, pooling, extra ou
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from . import MaskAware, MaskAwareTower, PoolingTower, divide_into_patches, refuse_unknown, swap_class
+from .base import MaskAware, MaskAwareTower, divide_into_patches, refuse_unknown, share_seen, swap_class
 
 # All that is read of a CLIP ViT, children and parameters alike.
 _CLIP_VIT = ("conv1", "class_embedding", "positional_embedding", "ln_pre", "transformer", "ln_post", "proj")
@@ -76,6 +77,9 @@ class ClipViT(MaskAwareTower):
         native = getattr(self, "image_size", None), native_grid(self)
         return divide_into_patches(images, self.conv1.stride, native, self.conv1.in_channels)
 
+    def seen(self: Any, images: Tensor) -> tuple[float, float]:
+        return share_seen(images, self.conv1.stride, self.token_grid(images))
+
     def embed(self: Any, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) of any size -> tokens (B, 1+hw, width)."""
         # OpenAI's models hold half precision on a GPU and cast what they are given.
@@ -96,15 +100,15 @@ class OpenClipViT(ClipViT):
         return self.embed(x)
 
 
-class PoolingOpenClipViT(OpenClipViT, PoolingTower):
+class PoolingOpenClipViT(OpenClipViT):
     """Of open_clip's ViT that pools its patches."""
 
-    def _features(self: Any, images: Tensor) -> Tensor:
+    def _features(self: Any, images: Tensor) -> tuple[Tensor, ...]:
         refuse_patch_dropout(self, "patch_dropout")
-        return self.transformer(self.embed(images))  # (B, 1+hw, width)
+        return (self.transformer(self.embed(images)),)  # (B, 1+hw, width)
 
-    def _pool_image(self: Any, features: Tensor) -> Tensor:
-        return self._project(self._pool(features)[0])
+    def _pool_image(self: Any, features: tuple[Tensor, ...], grid: tuple[int, int]) -> Tensor:
+        return self._project(self._pool(features[0])[0])
 
     def _project(self: Any, pooled: Tensor) -> Tensor:
         return pooled if self.proj is None else pooled @ self.proj
@@ -135,24 +139,33 @@ class TimmViT(MaskAwareTower):
 
     def token_grid(self: Any, images: Tensor) -> tuple[int, int]:
         embed = self.trunk.patch_embed
-        (height, width), (rows, columns) = embed.img_size, embed.grid_size
-        return divide_into_patches(images, (height // rows, width // columns), ((height, width), (rows, columns)))
+        return divide_into_patches(images, self._stride(), (tuple(embed.img_size), tuple(embed.grid_size)))
+
+    def seen(self: Any, images: Tensor) -> tuple[float, float]:
+        return share_seen(images, self._stride(), self.token_grid(images))
+
+    def _stride(self: Any) -> tuple[int, int]:
+        (height, width), (rows, columns) = self.trunk.patch_embed.img_size, self.trunk.patch_embed.grid_size
+        return height // rows, width // columns
 
 
-class PoolingTimm(PoolingTower):
+class PoolingTimm(MaskAwareTower):
     """Of open_clip's `TimmModel` around any trunk that pools."""
 
-    def _features(self: Any, images: Tensor) -> Tensor:
-        return self.trunk.forward_features(images)
+    def _features(self: Any, images: Tensor) -> tuple[Tensor, ...]:
+        return (self.trunk.forward_features(images),)
 
-    def _pool_image(self: Any, features: Tensor) -> Tensor:
-        return self.head(self.trunk.forward_head(features))
+    def _pool_image(self: Any, features: tuple[Tensor, ...], grid: tuple[int, int]) -> Tensor:
+        return self.head(self.trunk.forward_head(features[0]))
+
+    def _bypassed(self: Any) -> Iterator[tuple[str, Any]]:
+        yield "trunk", self.trunk
 
 
 class PoolingTimmViT(TimmViT, PoolingTimm):
     """Of open_clip's `TimmModel` around a ViT that pools."""
 
-    def _features(self: Any, images: Tensor) -> Tensor:
+    def _features(self: Any, images: Tensor) -> tuple[Tensor, ...]:
         refuse_patch_dropout(self.trunk, "patch_drop")
         return super()._features(images)  # (B, P+hw, width)
 
@@ -200,12 +213,18 @@ class TimmTrunk(MaskAware):
             return x
         # Unlike `VisionTransformer`, `Eva` drops patches in here, and their part of the rotary embedding with them.
         x, kept = (x, None) if self.patch_drop is None else self.patch_drop(x)  # (B, P+kept, C), (B, kept)
-        if self.rope is None:
-            return x, None
-        rope = copy.deepcopy(self.rope)  # keeps the sine and cosine of one grid only
-        rope.update_feat_shape(list(grid))
-        rotation = rope.get_embed(list(grid))  # (hw, 2 * head width)
-        return x, rotation if kept is None else rotation[kept][:, None]  # or (B, 1, kept, 2 * head width)
+        rotation = self.rotation(grid)
+        if rotation is None or kept is None:
+            return x, rotation
+        return x, rotation[kept][:, None]  # (B, 1, kept, 2 * head width)
+
+    def rotation(self: Any, grid: tuple[int, int]) -> Tensor | None:
+        """Sine and cosine of the rotary embedding of `Eva`, (hw, 2 * head width), None where there is none."""
+        rope = getattr(self, "rope", None)
+        if rope is not None and grid != tuple(self.patch_embed.grid_size):
+            rope = copy.deepcopy(rope)  # keeps the sine and cosine of one grid only
+            rope.update_feat_shape(list(grid))
+        return None if rope is None else rope.get_embed(list(grid))
 
 
 def transformers_inner(visual: Any) -> Any:
@@ -243,6 +262,10 @@ class TransformersTower(MaskAwareTower):
         embeddings = transformers_inner(self).embeddings
         size, patch = embeddings.image_size, embeddings.patch_size
         return divide_into_patches(images, (patch, patch), ((size, size), (size // patch, size // patch)))
+
+    def seen(self, images: Tensor) -> tuple[float, float]:
+        patch = transformers_inner(self).embeddings.patch_size
+        return share_seen(images, (patch, patch), self.token_grid(images))
 
 
 class TransformersEmbeddings(MaskAware):

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ..attention import query_attention
-from ..masks import attention_bias
-from . import PoolingTower, refuse_unknown, swap_class
+from ..attention import project, projections, query_attention
+from .base import MaskAwareTower, refuse_unknown, swap_class
 from .layouts import (
     PoolingOpenClipViT,
     PoolingTimmViT,
@@ -85,24 +83,23 @@ def _check_attention(attn: Any, where: str) -> None:
         raise ValueError(f"{where} has dropout or an extra key, which CLIP's pools have not")
 
 
-class _LearnedQueryTower(PoolingTower):
+class _LearnedQueryTower(MaskAwareTower):
     """What the hosts share: the patches that are asked and their bias. Features are tokens (B, P+hw, width)."""
 
     settings = SETTINGS
 
-    def _pool_masks(self, features: Tensor, masks: Tensor, grid: tuple[int, int]) -> Tensor:
-        bias = attention_bias(masks, grid, features.dtype, self.threshold)  # (B, 1, N, hw)
-        empty = bias.isneginf().all(-1, keepdim=True)  # (B, 1, N, 1)
-        patches = features[:, features.shape[1] - bias.shape[-1] :]  # (B, hw, width)
-        return self._ask(patches, bias.masked_fill(empty, 0))
+    def _pool_masks(self, features: tuple[Tensor, ...], on_grid: Tensor) -> Tensor:
+        empty = on_grid.isneginf().all(-1, keepdim=True)  # (B, 1, N, 1)
+        patches = features[0][:, features[0].shape[1] - on_grid.shape[-1] :]  # (B, hw, width)
+        return self._ask_pool(patches, on_grid.masked_fill(empty, 0))
 
-    def _ask(self, patches: Tensor, bias: Tensor) -> Tensor:
+    def _ask_pool(self, patches: Tensor, bias: Tensor) -> Tensor:
         """Patches (B, hw, width) and bias (B, 1, N, hw) -> embeddings (B, N, D)."""
         raise NotImplementedError
 
 
 class _CoCaTower(PoolingOpenClipViT, _LearnedQueryTower):
-    def _ask(self: Any, patches: Tensor, bias: Tensor) -> Tensor:
+    def _ask_pool(self: Any, patches: Tensor, bias: Tensor) -> Tensor:
         pool = self.attn_pool
         query = pool.ln_q(pool.query[:1]).expand(len(patches), -1, -1)  # (B, 1, width): of all its queries CLIP's
         x = _multihead_attention(pool.attn, query, pool.ln_k(patches), bias)  # (B, N, width)
@@ -110,7 +107,7 @@ class _CoCaTower(PoolingOpenClipViT, _LearnedQueryTower):
 
 
 class _TimmTower(PoolingTimmViT, _LearnedQueryTower):
-    def _ask(self: Any, patches: Tensor, bias: Tensor) -> Tensor:
+    def _ask_pool(self: Any, patches: Tensor, bias: Tensor) -> Tensor:
         trunk, pool = self.trunk, self.trunk.attn_pool
         q = pool.q_norm(rearrange(pool.q(pool.latent), "b q (h d) -> b h q d", h=pool.num_heads))  # (1, heads, 1, d)
         k, v = rearrange(pool.kv(patches), "b p (two h d) -> two b h p d", two=2, h=pool.num_heads)
@@ -122,29 +119,22 @@ class _TimmTower(PoolingTimmViT, _LearnedQueryTower):
 
 
 class _TransformersTower(TransformersTower, _LearnedQueryTower):
-    def _features(self: Any, images: Tensor) -> Tensor:
+    def _features(self: Any, images: Tensor) -> tuple[Tensor, ...]:
         inner = transformers_inner(self)
-        return inner.post_layernorm(inner.encoder(inputs_embeds=inner.embeddings(images)).last_hidden_state)
+        return (inner.post_layernorm(inner.encoder(inputs_embeds=inner.embeddings(images)).last_hidden_state),)
 
-    def _ask(self: Any, patches: Tensor, bias: Tensor) -> Tensor:
+    def _ask_pool(self: Any, patches: Tensor, bias: Tensor) -> Tensor:
         head = transformers_inner(self).head
         probe = head.probe.expand(len(patches), -1, -1)  # (B, 1, width)
         x = _multihead_attention(head.attention, probe, patches, bias)  # (B, N, width)
         return x + head.mlp(head.layernorm(x))
 
-    def _pool_image(self: Any, features: Tensor) -> Tensor:
-        return transformers_inner(self).head(features)
+    def _pool_image(self: Any, features: tuple[Tensor, ...], grid: tuple[int, int]) -> Tensor:
+        return transformers_inner(self).head(features[0])
 
 
 def _multihead_attention(attn: Any, query: Tensor, patches: Tensor, bias: Tensor) -> Tensor:
     """`attn` with one query (B, 1, width), asked for every row of bias (B, 1, N, hw) -> (B, N, width)."""
-    if attn.in_proj_weight is not None:
-        weights = attn.in_proj_weight.chunk(3)
-    else:
-        weights = attn.q_proj_weight, attn.k_proj_weight, attn.v_proj_weight
-    biases = (None, None, None) if attn.in_proj_bias is None else attn.in_proj_bias.chunk(3)
-    q, k, v = (
-        rearrange(F.linear(x, weight, b), "b t (h d) -> b h t d", h=attn.num_heads)
-        for x, weight, b in zip((query, patches, patches), weights, biases, strict=True)
-    )
-    return attn.out_proj(query_attention(q, k, v, bias))
+    parts = projections(attn)
+    (q,), (k, v) = project(query, parts, 0, 1), project(patches, parts, 1, 3)
+    return parts.out(query_attention(q, k, v, bias))
