@@ -21,22 +21,25 @@ def class_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tenso
 
     Args:
         q, k, v: (B, heads, N, d) of the class tokens.
-        keys, values: (B, heads, P, d) of the patch tokens.
-        bias: (B, 1, N, P) added to the logits of class tokens on patches: 0 inside the mask, -inf outside.
+        keys: (B, heads, 1+P, d), zeros in the place of a class token's own key, then the patch tokens'.
+        values: (B, heads, P, d) of the patch tokens.
+        bias: (B, 1, N, 1+P) added to the logits: 0 for itself and inside the mask, -inf outside.
 
     Returns:
         (B, heads, N, d). A class token whose mask is empty sees itself alone and stays finite.
 
     Example:
         >>> q = k = v = torch.randn(1, 2, 3, 8)
-        >>> keys = values = torch.randn(1, 2, 4, 8)
-        >>> class_attention(q, k, v, keys, values, torch.zeros(1, 1, 3, 4)).shape
+        >>> keys, values = F.pad(torch.randn(1, 2, 4, 8), (0, 0, 1, 0)), torch.randn(1, 2, 4, 8)
+        >>> class_attention(q, k, v, keys, values, torch.zeros(1, 1, 3, 5)).shape
         torch.Size([1, 2, 3, 8])
     """
     q = q * q.shape[-1] ** -0.5
-    on_itself = (q * k).sum(-1, keepdim=True)  # (B, heads, N, 1)
-    on_patches = q @ keys.mT + bias  # (B, heads, N, P)
-    weights = torch.cat([on_itself, on_patches], dim=-1).softmax(dim=-1).to(v.dtype)  # (B, heads, N, 1+P)
+    # In place, and with room for its own logit: copies of numbers for all pairs would cost as much as the products.
+    logits = q @ keys.mT  # (B, heads, N, 1+P)
+    logits += bias
+    logits[..., 0] += (q * k).sum(-1)
+    weights = logits.softmax(dim=-1).to(v.dtype)  # (B, heads, N, 1+P)
     return weights[..., :1] * v + weights[..., 1:] @ values  # (B, heads, N, d)
 
 

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from maft_adapter.attention import class_attention, dense_block
 from maft_adapter.towers.base import swap_class
@@ -44,13 +45,14 @@ def random_qkv() -> tuple[Tensor, Tensor, Tensor]:
 
 def split(*tensors: Tensor) -> list[Tensor]:
     """Class tokens of all of them, then patches of all but the first, as `class_attention` takes q, k and v."""
-    return [x[:, :, :N] for x in tensors] + [x[:, :, N:] for x in tensors[1:]]
+    keys, values = (x[:, :, N:] for x in tensors[1:])
+    return [x[:, :, :N] for x in tensors] + [pad(keys, (0, 0, 1, 0)), values]
 
 
 def test_equals_a_loop_over_tokens() -> None:
     q, k, v = random_qkv()
     bias = random_bias().double()
-    out = class_attention(*split(q, k, v), bias)
+    out = class_attention(*split(q, k, v), pad(bias, (1, 0)))
     for b, h in product(range(B), range(HEADS)):
         expected = token_by_token(q[b, h], k[b, h], v[b, h], bias[b, 0] == 0)[:N]
         torch.testing.assert_close(out[b, h], expected, rtol=0, atol=1e-12)
@@ -59,25 +61,25 @@ def test_equals_a_loop_over_tokens() -> None:
 def test_an_empty_mask_returns_its_own_value() -> None:
     q, k, v = random_qkv()
     bias = torch.full((B, 1, N, P), float("-inf"), dtype=torch.float64)
-    torch.testing.assert_close(class_attention(*split(q, k, v), bias), v[:, :, :N])
+    torch.testing.assert_close(class_attention(*split(q, k, v), pad(bias, (1, 0))), v[:, :, :N])
 
 
 def test_without_proposals_it_is_empty() -> None:
     q, k, v = random_qkv()
     empty = [x[:, :, :0] for x in (q, k, v)]
-    out = class_attention(*empty, k, v, torch.zeros(B, 1, 0, N + P, dtype=torch.float64))
+    out = class_attention(*empty, k, v[:, :, 1:], torch.zeros(B, 1, 0, N + P, dtype=torch.float64))
     assert out.shape == (B, HEADS, 0, D)
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
     parts = [x[:1, :1].clone().requires_grad_() for x in split(*random_qkv())]
     bias = random_bias()[:1].double()
-    assert torch.autograd.gradcheck(lambda *parts: class_attention(*parts, bias), parts)
+    assert torch.autograd.gradcheck(lambda *parts: class_attention(*parts, pad(bias, (1, 0))), parts)
 
 
 def test_large_logits_stay_finite() -> None:
     q, k, v = random_qkv()
-    assert class_attention(*split(1e4 * q, 1e4 * k, v), random_bias().double()).isfinite().all()
+    assert class_attention(*split(1e4 * q, 1e4 * k, v), pad(random_bias().double(), (1, 0))).isfinite().all()
 
 
 def block_loop(block: Any, x: Tensor, bias: Tensor) -> Tensor:
@@ -107,7 +109,7 @@ def split_block(block: Any, x: Tensor, bias: Tensor) -> Tensor:
     assert torch.equal(unread, x[:, N:])
     for kept, expected in zip(same, (keys, values), strict=True):
         torch.testing.assert_close(kept, expected)
-    return torch.cat([block(x[:, :N], asked=(keys, values, bias)), patches], dim=1)
+    return torch.cat([block(x[:, :N], asked=(keys, values, pad(bias, (1, 0)))), patches], dim=1)
 
 
 def test_both_forms_of_the_block_equal_the_loop(tower: Any) -> None:

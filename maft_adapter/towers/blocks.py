@@ -25,7 +25,7 @@ class ProposalBlock(MaskAware):
 
     Without the keywords below it is the host's block. With `keep` it is for patches, which attend to each other
     (Eq. 4), and gives their keys and values, too. With `asked`, the keys, values and bias of the patches that they
-    see, it is for class tokens.
+    see, it is for class tokens; see `class_attention`.
     """
 
     NEEDED: tuple[str, ...]  # parts of the block besides its attention
@@ -46,7 +46,8 @@ class ProposalBlock(MaskAware):
         """See the class; x is (B, T, width). Nobody reads the patches after the `last` block: they come back as given."""
         if keep:
             q, k, v = self._project(x, options.get("rope"), first=int(last))  # (B, heads, hw, d) each
-            return x if last else self._finish(x, F.scaled_dot_product_attention(q, k, v)), k, v
+            patches = x if last else self._finish(x, F.scaled_dot_product_attention(q, k, v))  # (B, hw, width)
+            return patches, F.pad(k, (0, 0, 1, 0)), v
         if asked is not None:
             q, k, v = self._project(x, None)  # (B, heads, N, d) each
             return self._finish(x, class_attention(q, k, v, *asked))  # (B, N, width)
@@ -246,7 +247,7 @@ def _same_arithmetic(block: Any, like: Tensor, width: int, options: dict[str, An
         return True
     tokens, _, _ = block.forward(x, keep=True, **ours)  # (1, 1+P, width)
     _, keys, values = block.forward(x[:, 1:], keep=True, **({"rope": options["rope"]} if ours else {}))
-    bias = like.new_zeros(1, 1, 1, _PATCHES)
+    bias = like.new_zeros(1, 1, 1, 1 + _PATCHES)
     class_token = block.forward(x[:, :1], asked=(keys, values, bias))  # (1, 1, width)
     # Of what the branches add, half of the digits: rounding stays far below, other arithmetic far above.
     allowed = torch.finfo(like.dtype).eps ** 0.5 * (own - x).abs().max()
