@@ -29,8 +29,18 @@ from zoo import (
     transformers_tower,
 )
 
-from maft_adapter import encode_masks, encode_masks_and_image, is_mask_aware, make_mask_aware, restore, valid_masks
-from maft_adapter.towers import FAMILIES, attention_pool, average, class_token, learned_query
+from maft_adapter import (
+    ImageFeatures,
+    encode_features,
+    encode_image,
+    encode_masks,
+    encode_masks_and_image,
+    is_mask_aware,
+    make_mask_aware,
+    restore,
+    valid_masks,
+)
+from maft_adapter.towers import FAMILIES, attention_pool, average, base, class_token, learned_query
 
 OF_OPEN_CLIP = [name for name in ZOO if not name.startswith(("openai", "transformers"))]
 # Tracing takes a second; these give the same graph as another kind, or one with a part less.
@@ -521,6 +531,141 @@ def test_a_full_mask_is_the_image(name: str, tower: Any, images: Tensor) -> None
         assert (embeddings[:, 0] - image).abs().max() > 1e-3
     else:
         close(embeddings[:, 0], image)
+
+
+# Features kept of images, masks asked of them
+
+
+@torch.no_grad()
+def test_masks_asked_of_kept_features(tower: Any, kind: Kind, name: str, images: Tensor, masks: Tensor) -> None:
+    clip = SimpleNamespace(visual=tower)
+    for x in (images, random_images(kind.other if name in OF_ANY_SIZE else kind.size)):
+        features = encode_features(clip, x)
+        assert len(features) == 2
+        assert torch.equal(encode_masks(clip, features, masks), tower(x, masks))
+        assert torch.equal(tower(features, masks[:, :2]), tower(x, masks[:, :2]))
+        embeddings, image = encode_masks_and_image(clip, features, masks)
+        close(embeddings, tower(x, masks))
+        close(image, embedding(tower(x)))
+        assert torch.equal(encode_image(clip, features), image)
+        assert torch.equal(encode_image(clip, x), embedding(tower(x)))
+        assert torch.equal(valid_masks(tower, features, masks), valid_masks(tower, x, masks))
+        close(encode_masks(clip, features[1], masks[1:]), embeddings[1:])
+        ragged = encode_masks(clip, features, [masks[0], masks[1, :2]])
+        close(ragged[0], embeddings[0])
+        close(ragged[1], embeddings[1, :2])
+        kept = features.to(torch.float16)
+        assert kept.nbytes * 2 == features.nbytes
+        answer = encode_masks(clip, kept, masks)
+        assert answer.dtype == embeddings.dtype
+        assert (answer - embeddings).abs().max() < 0.02 * embeddings.abs().max()
+
+
+def test_features_are_of_one_tower_and_one_state_of_it(tower: Any, kind: Kind, images: Tensor, masks: Tensor) -> None:
+    clip = SimpleNamespace(visual=tower)
+    with torch.no_grad():
+        features = encode_features(clip, images)
+    name = type(tower).__name__
+
+    def refused(message: str, visual: Any = tower) -> None:
+        for ask in (lambda: visual(features, masks), lambda: encode_image(SimpleNamespace(visual=visual), features)):
+            with pytest.raises(ValueError, match=re.escape(message)):
+                ask()
+
+    refused(f"these features are of another {name}, not of this tower", copy.deepcopy(tower))
+    make_mask_aware(tower, **kind.settings, interpolation="open_clip")
+    refused("features were made with {")
+    make_mask_aware(tower, **kind.settings)
+    tower(features, masks)  # of the settings that it has again
+    changed = f"the weights of {name} have changed since these features were made; call encode_features again"
+    weights = copy.deepcopy(tower.state_dict())
+    optimizer = torch.optim.SGD(tower.parameters(), lr=0.1)
+    tower(images, masks).square().sum().backward()
+    optimizer.step()
+    refused(changed)
+    with torch.no_grad():
+        features = encode_features(clip, images)
+    tower.load_state_dict(weights)
+    refused(changed)
+    with torch.no_grad():
+        features = encode_features(clip, images)
+    for parameter in tower.parameters():
+        parameter.data = parameter.data * 1.01  # counts no version up
+    refused(changed)
+    with torch.no_grad():
+        features = encode_features(clip, images)
+    tower.double()
+    refused(changed)
+    tower.float()
+    restore(tower)
+    with pytest.raises(TypeError, match="is not mask-aware"):
+        encode_masks(clip, features, masks)
+
+
+def test_gradients_through_kept_features(tower: Any, images: Tensor, masks: Tensor) -> None:
+    weights = list(tower.parameters())
+
+    def gradients(asked: Any) -> list[Tensor | None]:
+        return list(torch.autograd.grad(tower(asked, masks).square().sum(), weights, allow_unused=True))
+
+    features = encode_features(tower, images)
+    for actual, expected in zip(gradients(features), gradients(images), strict=True):
+        assert (actual is None) == (expected is None)
+        if actual is not None and expected is not None:
+            close(actual, expected)
+    assert not any(tensor.requires_grad for tensor in features.detach().tensors)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TRACED)
+def test_both_steps_compile_and_export(tower: Any, images: Tensor, masks: Tensor) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(tower, fullgraph=True, backend="eager", dynamic=False)
+    clip = SimpleNamespace(visual=compiled)
+    features = encode_features(clip, images)
+    for kept, expected in zip(features.tensors, encode_features(tower, images).tensors, strict=True):
+        close(kept, expected)
+    close(encode_masks(clip, features, masks), tower(images, masks))
+
+    class Ask(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = tower
+
+        def forward(self, tensors: tuple[Tensor, ...], masks: Tensor) -> Any:
+            return self.tower(ImageFeatures(self.tower, tensors, features.grid, features.seen), masks)
+
+    encode = torch.export.export(tower, (images,), {"features": True}).module()
+    tensors = encode(images, features=True)
+    ask = torch.export.export(Ask(), (tensors, masks), strict=False).module()
+    close(ask(tensors, masks), tower(images, masks))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_kept_features_in_half_precision(tower: Any, images: Tensor, masks: Tensor, dtype: torch.dtype) -> None:
+    masks = masks.round()
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(tower(encode_features(tower, images), masks), tower(images, masks))
+    tower.to(dtype)
+    assert torch.equal(tower(encode_features(tower, images.to(dtype)), masks), tower(images.to(dtype), masks))
+
+
+@torch.no_grad()
+def test_chunks_of_proposals_change_nothing(tower: Any, kind: Kind, images: Tensor, monkeypatch: Any) -> None:
+    masks = random_masks(11, (20, 28))
+    expected = tower(images, masks)
+    asked: list[int] = []
+    pool = type(tower)._pool_masks
+
+    def count(self: Any, features: Any, on_grid: Tensor) -> Tensor:
+        asked.append(on_grid.shape[-2])
+        return pool(self, features, on_grid)
+
+    monkeypatch.setattr(type(tower), "_pool_masks", count)
+    monkeypatch.setattr(base, "_CELLS", 2 * 4 * kind.grid[0] * kind.grid[1])  # four proposals of two images
+    close(tower(images, masks), expected)
+    assert asked == [4, 4, 3]
 
 
 # Refusals, each of which leaves the tower as it was
