@@ -21,8 +21,7 @@ _UNITS = {
 }
 # What the names of those parameters are made of, beside the numbers of blocks. Any other word is of something that was
 # put into the tower, such as an adapter: it would train or freeze with the unit that it lies in, in silence.
-_WORDS = frozenset(
-    """
+_WORDS = """
     vision_model encoder layers transformer resblocks trunk blocks weight bias gamma
     class_embedding cls_token positional_embedding pos_embed embeddings position_embedding patch_embedding
     conv1 patch_embed proj backbone conv bn pool norm stages stem conv2 norm1 pre_norm conv1_1x1 conv2_kxk conv3_1x1
@@ -33,8 +32,7 @@ _WORDS = frozenset(
     mlp c_fc ln c_proj fc1 fc2 fc1_g fc1_x w0 w1 w2
     attn_pool q_proj_weight k_proj_weight v_proj_weight query latent q kv probe head attention layernorm
     ln_pre norm_pre pre_layrnorm ln_post fc_norm post_layernorm visual_projection
-    """.split()
-)
+"""
 # A weight that torch's pruning, weight norm or parametrizations compute is trained through what they keep of it.
 _KEPT = re.compile(r"parametrizations\.(weight|bias)\.original\d?$|(weight|bias)_(?:orig|g|v)$")
 _REQUIRED = {"mlp", "conv", "attention", "ln_post"}
@@ -109,10 +107,11 @@ def _units(visual: nn.Module) -> dict[str, str]:
         raise ValueError(
             f"{type(visual).__name__} is not laid out as a CLIP ViT: "
             f"{len(unknown)} parameters of unknown role {unknown[:4]}, units without parameters {missing}. "
-            "Pass the image tower itself (model.visual), before torch.compile or DDP wraps it, and what is inside peft's "
-            "wrapper (.get_base_model()); for other towers set requires_grad yourself and give freeze='as_is'"
+            "Pass the image tower itself (model.visual), before torch.compile or DDP wraps it, and what is inside "
+            "peft's wrapper (.get_base_model()); for other towers set requires_grad yourself and give freeze='as_is'"
         )
-    added = [name for name in names if not all(part in _WORDS or part.isdigit() for part in own[name].split("."))]
+    words = set(_WORDS.split())
+    added = [name for name in names if not all(part in words or part.isdigit() for part in own[name].split("."))]
     if added:
         raise ValueError(
             f"{type(visual).__name__} holds {len(added)} parameters that are not a CLIP ViT's own, such as "
