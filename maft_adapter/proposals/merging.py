@@ -11,9 +11,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from skimage import graph
-from skimage.color import rgb2lab
-from skimage.segmentation import felzenszwalb
+
+from ..extras import extra
+
+with extra("demo"):
+    from skimage import graph
+    from skimage.color import rgb2lab
+    from skimage.segmentation import felzenszwalb
 
 _BINS = 12
 
