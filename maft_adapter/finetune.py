@@ -126,7 +126,7 @@ def finetune(
         iterations=iterations, batch_size=batch_size, checkpoint_every=checkpoint_every, lr=lr,
         weight_decay=weight_decay,
     )  # fmt: skip
-    _check_teacher(visual, teacher, teacher_scores, (len(samples), len(text)), distil)
+    _check_teacher(visual, samples, text, teacher, teacher_scores, distil)
     if logit_scale is None and not hasattr(clip_model, "logit_scale"):
         raise ValueError(f"{type(clip_model).__name__} has no logit_scale of its own: pass logit_scale, such as 100")
     scale = float(clip_model.logit_scale.detach().exp()) if logit_scale is None else logit_scale
@@ -153,14 +153,14 @@ def finetune(
         """Not finite already where scaling to unit length would give zeros, and finite scores that say nothing."""
         return embeddings.norm(dim=-1)
 
-    def save(images: Tensor, masks: list[Tensor]) -> None:
+    def save(path: str | os.PathLike[str], images: Tensor, masks: list[Tensor]) -> None:
         """Only weights that work replace a checkpoint."""
         with torch.no_grad():
             embeddings, image = encode_masks_and_image(clip_model, images, masks)
             check_finite(*visual.state_dict().values(), *(norms(x) for x in [*embeddings, image]))
-        save_mask_aware(visual, checkpoint)
+        save_mask_aware(visual, path)
 
-    was_training = clip_model.training
+    modes = [(module, module.training) for module in clip_model.modules()]
     clip_model.eval()
     last: tuple[Tensor, list[Tensor]] | None = None  # images and masks of the last step; None while one is made
     try:
@@ -198,13 +198,14 @@ def finetune(
             if on_iteration is not None:
                 on_iteration(len(history))
             if checkpoint is not None and (len(history) % checkpoint_every == 0 or len(history) == iterations):
-                save(*last)
+                save(checkpoint, *last)
     except BaseException as error:
         if checkpoint is not None and last is not None and not isinstance(error, FloatingPointError):
-            save(*last)
+            save(checkpoint, *last)
         raise
     finally:
-        clip_model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
     return history
 
 
@@ -296,7 +297,7 @@ def _check(visual: Any, samples: Any, text: Tensor, *, lr: float, weight_decay: 
             raise ValueError(f"{name} is {number}, expected a finite number of at least 0")
 
 
-def _check_teacher(visual: Any, teacher: Any, scores: Tensor | None, shape: tuple[int, int], distil: bool) -> None:
+def _check_teacher(visual: Any, samples: Any, text: Tensor, teacher: Any, scores: Tensor | None, distil: bool) -> None:
     if teacher is not None and scores is not None:
         raise ValueError("teacher and teacher_scores are two sources of the same scores: give one of them")
     if teacher is not None:
@@ -306,6 +307,7 @@ def _check_teacher(visual: Any, teacher: Any, scores: Tensor | None, shape: tupl
         if tower.training:
             raise ValueError("teacher is in training mode: call teacher.eval() first")
     if scores is not None:
+        shape = len(samples), len(text)
         if scores.shape != shape:
             raise ValueError(f"teacher_scores are {tuple(scores.shape)}, expected {shape}: one row a sample")
         check_unit_range("teacher_scores", scores, "pass them through softmax over the classes")

@@ -338,7 +338,7 @@ def test_mask_aware_loss_refuses(
         mask_aware_loss(scores, iou, labels, kind)
 
 
-@pytest.mark.parametrize("labels", [LABELS.float(), LABELS.bool(), LABELS.cfloat(), [0, 2], LABELS.numpy()])
+@pytest.mark.parametrize("labels", [LABELS.float(), LABELS.bool(), LABELS.to(torch.complex64), [0, 2], LABELS.numpy()])
 def test_labels_must_be_integer_tensors(labels: Tensor) -> None:
     with pytest.raises(TypeError, match=r"labels\[0\] must be a tensor of integer class indices"):
         mask_aware_loss(SCORES, [IOU], [labels])

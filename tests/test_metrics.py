@@ -139,7 +139,7 @@ MAP = torch.zeros(1, 2, 2, dtype=torch.long)
         (MAP, MAP - 1, ValueError, r"target must lie in 0..2 or be 255 .*got \[-1\]"),
         (MAP.float(), MAP, TypeError, "prediction must be a tensor of integer.*float32"),
         (MAP, MAP.bool(), TypeError, r"target must be a tensor of integer.*bool"),
-        (MAP, MAP.cfloat(), TypeError, r"target must be a tensor of integer.*complex64"),
+        (MAP, MAP.to(torch.complex64), TypeError, r"target must be a tensor of integer.*complex64"),
         (MAP.numpy(), MAP, TypeError, r"prediction must be a tensor of integer.*ndarray; .*torch\.from_numpy"),
     ],
 )
