@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
-from zoo import embedding, mask_aware_tower, plain_tower, random_images, random_masks
+from zoo import DIM, embedding, mask_aware_tower, plain_tower, random_images, random_masks
 
 from maft_adapter import MAFTLoss, encode_image, make_mask_aware, restore
 from maft_adapter.classify import class_scores
@@ -238,6 +238,22 @@ def test_towers_whose_own_call_gives_more_than_an_embedding(kind: str) -> None:
         assert a == pytest.approx(b, abs=1e-5)
 
 
+def test_running_statistics_stay_the_frozen_model_s() -> None:
+    visual = mask_aware_tower("resnet").train()
+    sample = Sample(random_images((64, 64))[0], random_masks(2, (64, 64))[0], torch.zeros(64, 64, dtype=torch.int64))
+    text = torch.randn(3, DIM).requires_grad_()
+    visual.requires_grad_(False).attnpool.requires_grad_(True)
+    before = {name: value.clone() for name, value in visual.state_dict().items()}
+    history = finetune(
+        visual, [sample], text, iterations=2, batch_size=1, logit_scale=10.0, freeze="as_is", progress=False
+    )
+    assert history[0]["self_distillation"] == pytest.approx(0, abs=1e-12)  # the teacher is in eval mode, too
+    changed = {name for name, value in visual.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith("attnpool.") for name in changed)
+    assert all(module.training for module in visual.modules())
+    assert text.grad is None
+
+
 def test_adapters_train_where_they_are(clip: Any, samples: list[Sample]) -> None:
     peft = pytest.importorskip("peft", reason="peft, of the extra test, is not installed")
     peft.get_peft_model(clip.visual, peft.LoraConfig(r=2, target_modules=["c_fc", "c_proj"]))
@@ -330,6 +346,8 @@ def test_divergence_leaves_the_last_good_checkpoint(
             **{"iterations": 6, **options},
         )  # fmt: skip
     assert good and all(torch.equal(value, good[name]) for name, value in weights(path).items())
+    if what in ("loss", "gradient"):  # found out before the step
+        assert all(value.isfinite().all() for value in clip.visual.state_dict().values())
     assert [file.name for file in tmp_path.iterdir()] == ["tower.safetensors"]
 
 

@@ -213,9 +213,16 @@ def without_class_token() -> VisionTransformer:
     return visual
 
 
+def with_registers() -> VisionTransformer:
+    visual = tower()
+    visual.register_parameter("registers", nn.Parameter(torch.zeros(4, 16)))
+    return visual
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
+        (with_registers, r"1 parameters of unknown role \['registers'\], units without parameters \[\]"),
         (lambda: ModifiedResNet((1, 1, 1, 1), 8, 2, 32, 4), r"ModifiedResNet is not laid out.*'bn1\.weight'"),
         (lambda: timm.create_model("vit_tiny_patch16_224", depth=1), r"unknown role \['cls_token'"),
         (small_clip, r"CLIP is not laid out.*unknown role.*pass the image tower itself \(model\.visual\)"),
