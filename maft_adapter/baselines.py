@@ -5,13 +5,12 @@ Notation: B images, N mask proposals an image, H x W the images' and masks' size
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import masks_to_boxes, roi_align
+from torchvision.ops import roi_align
 
 from .masks import check_masks
 
@@ -23,13 +22,15 @@ MergeMode = Literal["mask", "crop", "mask_crop"]
 def merge(images: Tensor, masks: Tensor, mode: MergeMode = "mask_crop", size: int | tuple[int, int] = 224) -> Tensor:
     """Make one sub-image of every proposal.
 
-    - ``"mask"``: the whole picture, everything outside the mask filled;
-    - ``"crop"``: the mask's bounding box with its context;
-    - ``"mask_crop"``: the bounding box, everything outside the mask filled.
+    - "mask": the whole picture, everything outside the mask filled;
+    - "crop": the mask's bounding box with its context;
+    - "mask_crop": the bounding box, everything outside the mask filled.
 
-    The fill is 0, the mean colour of CLIP's training data after normalisation (as in ZegFormer). Boxes are
-    resized bilinearly (averaging where they shrink) without keeping their aspect ratio. An empty mask gives a
-    sub-image of fill in every mode.
+    The fill is 0, the mean colour of CLIP's training data after normalisation (as in ZegFormer). Boxes are cut out,
+    then resized bilinearly (averaging where they shrink) without keeping their aspect ratio, so nothing beyond a box
+    gets into its sub-image. An empty mask gives a sub-image of fill in every mode.
+
+    Source: appendix A and Fig. 6 of the paper.
 
     Args:
         images: (B, 3, H, W) float, normalised with CLIP's mean and standard deviation.
@@ -42,27 +43,25 @@ def merge(images: Tensor, masks: Tensor, mode: MergeMode = "mask_crop", size: in
         `encode_crops` makes them batch by batch.
 
     Raises:
-        TypeError: ``images`` is not a float tensor, or ``masks`` neither a bool nor a float tensor.
+        TypeError: `images` is not a float tensor, or `masks` neither a bool nor a float tensor.
         ValueError: wrong or differing shapes, an empty batch, masks outside [0, 1], NaN or infinite pixels,
             an unknown mode, a size below 1.
 
-    Source: appendix A and Fig. 6 of the paper.
-
-    >>> images = torch.arange(16.0).view(1, 1, 4, 4).expand(1, 3, 4, 4)
-    >>> masks = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
-    >>> masks[..., 1, 1:3] = masks[..., 2, 1] = True
-    >>> merge(images, masks, "crop", size=2)[0, 0, 0]
-    tensor([[ 5.,  6.],
-            [ 9., 10.]])
-    >>> merge(images, masks, "mask_crop", size=2)[0, 0, 0]
-    tensor([[5., 6.],
-            [9., 0.]])
+    Example:
+        >>> images = torch.arange(16.0).view(1, 1, 4, 4).expand(1, 3, 4, 4)
+        >>> masks = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+        >>> masks[..., 1, 1:3] = masks[..., 2, 1] = True
+        >>> merge(images, masks, "crop", size=2)[0, 0, 0]
+        tensor([[ 5.,  6.],
+                [ 9., 10.]])
+        >>> merge(images, masks, "mask_crop", size=2)[0, 0, 0]
+        tensor([[5., 6.],
+                [9., 0.]])
     """
     height_width = _check(images, masks, mode, size)
-    inside = masks >= 0.5  # (B, N, H, W)
-    image_index = torch.arange(len(images), device=images.device).repeat_interleave(masks.shape[1])  # (B*N,)
-    crops = _sub_images(images, inside.flatten(0, 1), image_index, mode, height_width)  # (B*N, 3, h, w)
-    return crops.view(*masks.shape[:2], 3, *height_width)  # (B, N, 3, h, w)
+    crops = [_sub_image(image, mask, mode, height_width) for image, mask in _pairs(images, masks)]
+    stacked = torch.stack(crops) if crops else images.new_empty(0, 3, *height_width)  # (B*N, 3, h, w)
+    return stacked.view(*masks.shape[:2], 3, *height_width)  # (B, N, 3, h, w)
 
 
 @torch.no_grad()
@@ -75,16 +74,19 @@ def encode_crops(
     batch_size: int = 64,
     normalize: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Embed every proposal with a frozen CLIP: `merge`, then ``encode_image`` on each sub-image.
+    """Embed every proposal with a frozen CLIP: `merge`, then `encode_image` on each sub-image.
 
-    At most ``batch_size`` sub-images exist at a time. No gradient flows to CLIP.
+    No gradient flows to CLIP. Beside what CLIP itself needs, memory holds at most `batch_size` sub-images and what
+    cutting out and resizing a single box takes, at most 60 bytes for each of its pixels.
+
+    Source: the "frozen CLIP" pipeline, Sec. 3 and appendix A of the paper.
 
     Args:
-        clip_model: a CLIP in eval mode with ``encode_image`` and ``visual``, such as open_clip's or OpenAI's.
-        images: (B, 3, H, W) float, as for `merge`, in a dtype that ``encode_image`` takes.
+        clip_model: a CLIP in eval mode with `encode_image` and `visual`, such as open_clip's or OpenAI's.
+        images: (B, 3, H, W) float, as for `merge`, in a dtype that `encode_image` takes.
         masks: (B, N, H, W) bool or float in [0, 1], as for `merge`. N = 0 works.
         mode: the merge operation.
-        size: of the sub-images in pixels; by default ``clip_model.visual.image_size``, the tower's own.
+        size: of the sub-images in pixels; by default `clip_model.visual.image_size`, the tower's own.
         batch_size: sub-images per forward pass, over the proposals of all images together.
         normalize: scale the embeddings to unit length.
 
@@ -94,22 +96,21 @@ def encode_crops(
 
     Raises:
         TypeError: as `merge`.
-        ValueError: as `merge`; a model in training mode, a ``batch_size`` below 1, or no ``size`` for a tower
-            that has no ``image_size``.
+        ValueError: as `merge`; a model in training mode, a `batch_size` below 1, or no `size` for a tower
+            that has no `image_size`.
 
-    Source: the "frozen CLIP" pipeline, Sec. 3 and appendix A of the paper.
-
-    >>> import open_clip
-    >>> clip_model = open_clip.CLIP(
-    ...     embed_dim=8,
-    ...     vision_cfg=open_clip.CLIPVisionCfg(layers=1, width=16, head_width=8, patch_size=8, image_size=16),
-    ...     text_cfg=open_clip.CLIPTextCfg(layers=1, width=16, heads=2),
-    ... ).eval()
-    >>> masks = torch.zeros(1, 2, 20, 30)
-    >>> masks[:, 0, 5:15, 10:] = 1
-    >>> embeddings, valid = encode_crops(clip_model, torch.randn(1, 3, 20, 30), masks)
-    >>> embeddings.shape, valid
-    (torch.Size([1, 2, 8]), tensor([[ True, False]]))
+    Example:
+        >>> import open_clip
+        >>> clip_model = open_clip.CLIP(
+        ...     embed_dim=8,
+        ...     vision_cfg=open_clip.CLIPVisionCfg(layers=1, width=16, head_width=8, patch_size=8, image_size=16),
+        ...     text_cfg=open_clip.CLIPTextCfg(layers=1, width=16, heads=2),
+        ... ).eval()
+        >>> masks = torch.zeros(1, 2, 20, 30)
+        >>> masks[:, 0, 5:15, 10:] = 1
+        >>> embeddings, valid = encode_crops(clip_model, torch.randn(1, 3, 20, 30), masks)
+        >>> embeddings.shape, valid
+        (torch.Size([1, 2, 8]), tensor([[ True, False]]))
     """
     visual = cast(nn.Module, clip_model.visual)
     if size is None:
@@ -122,44 +123,50 @@ def encode_crops(
     if visual.training:
         # Batch statistics would change the frozen model, and dropout would make the result random.
         raise ValueError("the frozen CLIP is in training mode: call clip_model.eval() first")
-    encode_image = cast(Callable[[Tensor], Tensor], clip_model.encode_image)
+
+    def encode(sub_images: Tensor) -> Tensor:
+        output = cast(Any, clip_model).encode_image(sub_images)
+        return output[0] if isinstance(output, tuple) else output  # open_clip's with output_tokens
 
     batch, num_proposals = masks.shape[:2]
-    inside = (masks >= 0.5).flatten(0, 1)  # (B*N, H, W)
-    valid = inside.flatten(1).any(dim=1)  # (B*N,)
-    image_index = torch.arange(batch, device=images.device).repeat_interleave(num_proposals)  # (B*N,)
+    proposals = _pairs(images, masks)
     embeddings = []
-    for start in range(0, len(inside), batch_size):
-        chunk = slice(start, start + batch_size)
-        crops = _sub_images(images, inside[chunk], image_index[chunk], mode, height_width)  # (K, 3, h, w)
-        embeddings.append(encode_image(crops))  # (K, D)
+    for start in range(0, len(proposals), batch_size):
+        chunk = proposals[start : start + batch_size]
+        crops = torch.stack([_sub_image(image, mask, mode, height_width) for image, mask in chunk])  # (K, 3, h, w)
+        embeddings.append(encode(crops))  # (K, D)
     if not embeddings:
         # Some towers can't reshape an empty batch; one blank sub-image tells D.
-        embeddings = [encode_image(images.new_zeros(1, 3, *height_width))[:0]]
+        embeddings = [encode(images.new_zeros(1, 3, *height_width))[:0]]
     encoded = torch.cat(embeddings)  # (B*N, D)
     if normalize:
         encoded = F.normalize(encoded, dim=-1)
-    return encoded.view(batch, num_proposals, encoded.shape[1]), valid.view(batch, num_proposals)
+    valid = masks.amax((2, 3)) >= 0.5  # (B, N)
+    return encoded.view(batch, num_proposals, encoded.shape[1]), valid
 
 
-def _sub_images(images: Tensor, inside: Tensor, image_index: Tensor, mode: MergeMode, size: tuple[int, int]) -> Tensor:
-    """(B, 3, H, W) images, (K, H, W) bool masks and the image (K,) of each -> (K, 3, h, w) sub-images."""
-    count, height, width = inside.shape
-    valid = inside.flatten(1).any(dim=1)  # (K,)
-    # float32: torchvision has no bfloat16 kernel on the CPU, and float16 can't place samples to the pixel.
-    dtype = torch.promote_types(images.dtype, torch.float32)
-    whole = torch.tensor([0, 0, width, height], device=images.device, dtype=dtype)
-    boxes = whole.repeat(count, 1)  # (K, 4) XYXY in pixels
+def _pairs(images: Tensor, masks: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Each of the B*N masks (H, W) with its image (3, H, W); no copies."""
+    return [(image, mask) for image, of_image in zip(images, masks, strict=True) for mask in of_image]
+
+
+def _sub_image(image: Tensor, mask: Tensor, mode: MergeMode, size: tuple[int, int]) -> Tensor:
+    """One image (3, H, W) and one mask (H, W) -> (3, h, w)."""
+    inside = mask >= 0.5  # (H, W)
+    rows, columns = inside.any(1).nonzero().flatten(), inside.any(0).nonzero().flatten()
+    if not len(rows):
+        return image.new_zeros(3, *size)
     if mode != "mask":
-        # masks_to_boxes gives the last pixel's index; a box ends at that pixel's far edge.
-        far_edge = boxes.new_tensor([0, 0, 1, 1])
-        boxes[valid] = masks_to_boxes(inside[valid]).to(dtype) + far_edge
-    kept = valid.view(-1, 1, 1, 1) if mode == "crop" else inside.unsqueeze(1)  # (K, 1, 1, 1) or (K, 1, H, W)
-    pictures = images[image_index].to(dtype).masked_fill(~kept, 0)  # (K, 3, H, W)
-    picture_index = torch.arange(count, device=boxes.device, dtype=dtype).unsqueeze(1)  # (K, 1)
-    regions = torch.cat([picture_index, boxes], dim=1)  # (K, 5)
-    crops: Tensor = roi_align(pictures, regions, size, aligned=True)  # (K, 3, h, w)
-    return crops.to(images.dtype)
+        box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+        image, inside = image[(slice(None), *box)], inside[box]  # (3, H', W') and (H', W')
+    # float32: torchvision has no bfloat16 kernel on the CPU, and float16 can't place samples to the pixel.
+    picture = image.to(torch.promote_types(image.dtype, torch.float32))
+    if mode != "crop":
+        picture = picture.masked_fill(~inside, 0)
+    height, width = inside.shape
+    whole = picture.new_tensor([[0, 0, 0, width, height]])  # of picture 0, XYXY in pixels
+    crop: Tensor = roi_align(picture[None], whole, size, aligned=True)[0]  # (3, h, w)
+    return crop.to(image.dtype)
 
 
 def _check(images: Tensor, masks: Tensor, mode: str, size: int | tuple[int, int]) -> tuple[int, int]:

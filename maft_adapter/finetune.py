@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +16,12 @@ from torch.optim.lr_scheduler import PolynomialLR
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from tqdm import tqdm
 
-from .adapt import encode_masks, encode_masks_and_image, is_mask_aware
+from .adapt import encode_image, encode_masks, encode_masks_and_image, is_mask_aware
 from .checkpoint import save_mask_aware
 from .classify import class_scores
 from .freezing import trainable_parameters
-from .losses import MAFTLoss
+from .losses import MAFTLoss, class_indices
+from .masks import check_unit_range
 
 
 class Sample(NamedTuple):
@@ -26,8 +30,8 @@ class Sample(NamedTuple):
     Attributes:
         image: (3, H, W) float, normalised as the model wants it; one size for all samples of a batch.
         masks: (N, H', W') proposals, bool or float in [0, 1]; N may differ from image to image.
-        labels: (H', W') integer label map; values are rows of the text classifier, and anything outside 0..C-1
-            (255, unseen classes) is ignored.
+        labels: (H', W') label map of any integer dtype; values are rows of the text classifier, and anything outside
+            0..C-1 (255, 65535, unseen classes) is ignored.
     """
 
     image: Tensor
@@ -47,6 +51,7 @@ def finetune(
     freeze: str = "paper",
     loss: MAFTLoss | None = None,
     logit_scale: float | None = None,
+    teacher: Any | None = None,
     teacher_scores: Tensor | None = None,
     seed: int = 0,
     num_workers: int = 0,
@@ -63,25 +68,33 @@ def finetune(
     at 0.01; so does this.
     On the CPU a repeat with the same seed is equal to the bit.
 
+    A run that was stopped can't be resumed: the optimizer's state and the place in the schedule are not kept. A tower
+    that was fine-tuned before, here or in the checkpoint that it was loaded from, is no frozen teacher: training it
+    again needs `teacher` or `teacher_scores`.
+
     Args:
-        clip_model: a CLIP model with a mask-aware `.visual`, which is trained in place and stays in float32; the text
-            tower is not used. The model is put into eval mode for the time of the call: CLIP has no dropout to
-            train with, and running statistics stay the frozen model's.
+        clip_model: a CLIP model with a mask-aware `.visual`, or a mask-aware tower, such as transformers'. The tower is
+            trained in place and stays in float32; the text tower is not used. The model is put into eval mode for the
+            time of the call: CLIP has no dropout to train with, and running statistics stay the frozen model's.
         samples: the training images; only seen classes belong into their labels.
         text: (C, D) unit-length text embeddings of the seen classes, see `maft_adapter.classify.text_classifier`.
         iterations: optimizer steps.
         batch_size: images a step, drawn in random order, every image once before any comes again.
         lr: learning rate of the first step.
         weight_decay: of AdamW, on every trained parameter.
-        freeze: what stays frozen, see `trainable_parameters`.
+        freeze: what stays frozen, see `trainable_parameters`; "as_is" trains adapters such as LoRA where they are.
         loss: defaults to `MAFTLoss()`: SmoothL1, lambda = 1.
         logit_scale: 1 / temperature of A^c; defaults to the model's own `logit_scale.exp()`, 100 for trained CLIPs.
-        teacher_scores: (len(samples), C) class scores of the frozen CLIP for the whole images, computed before. By
-            default a frozen copy of the tower computes them batch by batch.
+        teacher: the frozen CLIP of self-distillation, a mask-aware model or tower in eval mode as `clip_model` was
+            before any fine-tuning; it stays unchanged. By default a copy of the tower as it is now. Not needed if
+            lambda is 0.
+        teacher_scores: (len(samples), C) class scores of the frozen CLIP for the whole images, computed before, in
+            place of a teacher that computes them batch by batch.
         seed: of the order of the samples.
         num_workers: of the DataLoader.
         checkpoint: path that `save_mask_aware` writes the tower to, every `checkpoint_every` iterations and at the
-            end (also after Ctrl-C), never half.
+            end, also after Ctrl-C or an error. It is never written half, in the middle of a step, or with weights
+            that give no finite embeddings: after divergence it holds what was last saved.
         checkpoint_every: iterations between two checkpoints.
         on_iteration: called with the number of finished iterations, after each.
         progress: show a bar with both losses.
@@ -90,9 +103,11 @@ def finetune(
         Both losses of every iteration: [{"mask_aware": ..., "self_distillation": ...}, ...], the latter weighted.
 
     Raises:
-        TypeError: the model is not mask-aware or not in float32.
-        ValueError: no samples, or an argument out of its range.
-        FloatingPointError: the training diverged: class scores are not finite.
+        TypeError: the model or the teacher is not mask-aware, the tower is not in float32, or label maps hold no
+            integers.
+        ValueError: no samples, an argument out of its range, or a tower that was fine-tuned before and no teacher.
+        OSError: `checkpoint` can't be written; found out before the first iteration.
+        FloatingPointError: the training diverged: embeddings, loss, gradients or weights are not finite.
 
     Example:
         >>> import open_clip, maft_adapter
@@ -103,24 +118,51 @@ def finetune(
         >>> len(finetune(clip, [sample], text, iterations=1, progress=False))
         1
     """
-    visual = clip_model.visual
-    _check(
-        visual, samples, text, teacher_scores,
-        iterations=iterations, batch_size=batch_size, checkpoint_every=checkpoint_every,
-    )  # fmt: skip
+    visual = _tower(clip_model, "clip_model")
     loss = MAFTLoss() if loss is None else loss
-    scale = float(clip_model.logit_scale.detach().exp()) if logit_scale is None else logit_scale
-    device = next(visual.parameters()).device
-    text = text.to(device)
     distil = loss.distillation_weight > 0
-    teacher = copy.deepcopy(visual).requires_grad_(False).eval() if distil and teacher_scores is None else None
+    _check(
+        visual, samples, text,
+        iterations=iterations, batch_size=batch_size, checkpoint_every=checkpoint_every, lr=lr,
+        weight_decay=weight_decay,
+    )  # fmt: skip
+    _check_teacher(visual, samples, text, teacher, teacher_scores, distil)
+    if logit_scale is None and not hasattr(clip_model, "logit_scale"):
+        raise ValueError(f"{type(clip_model).__name__} has no logit_scale of its own: pass logit_scale, such as 100")
+    scale = float(clip_model.logit_scale.detach().exp()) if logit_scale is None else logit_scale
+    if checkpoint is not None:
+        _check_writable(checkpoint)
+    device = next(visual.parameters()).device
+    text = text.detach().to(device)
+    if distil and teacher is None and teacher_scores is None:
+        teacher = copy.deepcopy(visual).requires_grad_(False).eval()
     parameters = trainable_parameters(visual, freeze)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     schedule = PolynomialLR(optimizer, total_iters=iterations, power=0.9)
     batches = _batches(samples, batch_size, iterations, seed, num_workers)
     history: list[dict[str, float]] = []
-    was_training = clip_model.training
+
+    def check_finite(*tensors: Tensor) -> None:
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise FloatingPointError(
+                f"diverged after {len(history)} iterations: embeddings, loss, gradients or weights are not finite; "
+                f"lower lr ({lr})"
+            )
+
+    def norms(embeddings: Tensor) -> Tensor:
+        """Not finite already where scaling to unit length would give zeros, and finite scores that say nothing."""
+        return embeddings.norm(dim=-1)
+
+    def save(path: str | os.PathLike[str], images: Tensor, masks: list[Tensor]) -> None:
+        """Only weights that work replace a checkpoint."""
+        with torch.no_grad():
+            embeddings, image = encode_masks_and_image(clip_model, images, masks)
+            check_finite(*visual.state_dict().values(), *(norms(x) for x in [*embeddings, image]))
+        save_mask_aware(visual, path)
+
+    modes = [(module, module.training) for module in clip_model.modules()]
     clip_model.eval()
+    last: tuple[Tensor, list[Tensor]] | None = None  # images and masks of the last step; None while one is made
     try:
         bar = tqdm(batches, disable=not progress, desc="fine-tuning")
         for indices, images, proposals, label_maps in bar:
@@ -132,33 +174,38 @@ def finetune(
             if distil:
                 embeddings, image = encode_masks_and_image(clip_model, images, masks)
                 student_scores = class_scores(image, text, scale)  # (B, C)
-                if teacher is None:
-                    frozen_scores = teacher_scores[indices].to(device)  # type: ignore[index]  # (B, C)
+                if teacher_scores is not None:
+                    frozen_scores = teacher_scores[indices].to(device)  # (B, C)
                 else:
                     with torch.no_grad():
-                        frozen_scores = class_scores(teacher(images), text, scale)  # (B, C)
+                        frozen_scores = class_scores(encode_image(teacher, images), text, scale)  # (B, C)
             else:
                 embeddings = encode_masks(clip_model, images, masks)
             scores = [class_scores(embedding, text, scale) for embedding in embeddings]  # B x (N_i, C)
-            if not all(score.isfinite().all() for score in scores):
-                raise FloatingPointError(f"iteration {len(history) + 1}: class scores are not finite; lower lr ({lr})")
+            check_finite(*map(norms, embeddings))
             terms = loss(scores, masks, targets, labels, student_scores, frozen_scores)
             total = sum(terms.values())
             optimizer.zero_grad(set_to_none=True)
             total.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 0.01)
+            check_finite(total, torch.nn.utils.clip_grad_norm_(parameters, 0.01))
+            last = None
+            visual.fine_tuned = True
             optimizer.step()
             schedule.step()
             history.append({name: term.item() for name, term in terms.items()})
+            last = images, masks
             bar.set_postfix({name: f"{value:.4f}" for name, value in history[-1].items()})
             if on_iteration is not None:
                 on_iteration(len(history))
-            if checkpoint is not None and len(history) % checkpoint_every == 0:
-                save_mask_aware(visual, checkpoint)
+            if checkpoint is not None and (len(history) % checkpoint_every == 0 or len(history) == iterations):
+                save(checkpoint, *last)
+    except BaseException as error:
+        if checkpoint is not None and last is not None and not isinstance(error, FloatingPointError):
+            save(checkpoint, *last)
+        raise
     finally:
-        clip_model.train(was_training)
-        if checkpoint is not None and history:
-            save_mask_aware(visual, checkpoint)
+        for module, mode in modes:
+            module.training = mode
     return history
 
 
@@ -166,19 +213,26 @@ def ground_truth(label_map: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Binary maps of the K classes present in a label map.
 
     Args:
-        label_map: (H, W) integer; anything outside 0..num_classes-1 is ignored.
+        label_map: (H, W) of any integer dtype; anything outside 0..num_classes-1 is ignored.
         num_classes: C.
 
     Returns:
         targets (K, H, W) bool and labels (K,) int64, K >= 0.
+
+    Raises:
+        TypeError: the label map is no integer tensor.
+        ValueError: it is not two-dimensional.
 
     Example:
         >>> targets, labels = ground_truth(torch.tensor([[2, 255], [0, 0]]), num_classes=3)
         >>> labels.tolist(), targets.sum((1, 2)).tolist()
         ([0, 2], [2, 1])
     """
+    label_map = class_indices("a label map", label_map)
+    if label_map.ndim != 2:
+        raise ValueError(f"a label map is (H, W), got {tuple(label_map.shape)}")
     present = label_map.unique()
-    labels = present[(present >= 0) & (present < num_classes)].long()  # (K,)
+    labels = present[(present >= 0) & (present < num_classes)]  # (K,)
     return label_map[None] == labels[:, None, None], labels
 
 
@@ -197,8 +251,16 @@ class _Indexed(Dataset[Any]):
 
 def _collate(rows: list[tuple[int, Sample]]) -> tuple[list[int], Tensor, list[Tensor], list[Tensor]]:
     indices, samples = zip(*rows, strict=True)
+    for index, sample in rows:
+        for name, value in zip(Sample._fields, sample, strict=True):
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"samples[{index}].{name} must be a tensor, got {type(value).__name__}; numpy's need "
+                    "torch.from_numpy(...)"
+                )
+    label_maps = [class_indices(f"samples[{index}].labels", sample.labels) for index, sample in rows]
     images = torch.stack([sample.image for sample in samples])  # (B, 3, H, W)
-    return list(indices), images, [sample.masks for sample in samples], [sample.labels for sample in samples]
+    return list(indices), images, [sample.masks for sample in samples], label_maps
 
 
 def _batches(samples: Any, batch_size: int, iterations: int, seed: int, num_workers: int) -> DataLoader[Any]:
@@ -207,20 +269,63 @@ def _batches(samples: Any, batch_size: int, iterations: int, seed: int, num_work
     return DataLoader(_Indexed(samples), batch_size, sampler=sampler, collate_fn=_collate, num_workers=num_workers)
 
 
-def _check(visual: Any, samples: Any, text: Tensor, teacher_scores: Tensor | None, **positive: int) -> None:
-    if not is_mask_aware(visual):
-        raise TypeError("clip_model.visual is not mask-aware; call make_mask_aware(clip_model.visual) first")
+def _tower(clip_model: Any, name: str) -> Any:
+    visual = clip_model if is_mask_aware(clip_model) else getattr(clip_model, "visual", None)
+    if visual is None or not is_mask_aware(visual):
+        given = f"{type(clip_model).__name__} with a .visual of {type(visual).__name__}"
+        raise TypeError(
+            f"{name} is not mask-aware ({given}): call make_mask_aware({name}.visual) first; give the tower inside "
+            "torch.compile's, a parallel or peft's wrapper, and of transformers one with its projection, such as "
+            "CLIPVisionModelWithProjection"
+        )
+    return visual
+
+
+def _check(visual: Any, samples: Any, text: Tensor, *, lr: float, weight_decay: float, **positive: int) -> None:
     dtypes = {parameter.dtype for parameter in visual.parameters()}
     if dtypes != {torch.float32}:
         raise TypeError(f"the tower holds {dtypes}; AdamW loses updates below float32, call clip_model.visual.float()")
     if len(samples) == 0:
         raise ValueError("samples is empty; give at least one image to fine-tune on")
-    if text.ndim != 2 or len(text) == 0:
-        raise ValueError(f"text holds one embedding a seen class, (C, D), got {tuple(text.shape)}")
-    if teacher_scores is not None and teacher_scores.shape != (len(samples), len(text)):
-        raise ValueError(
-            f"teacher_scores are {tuple(teacher_scores.shape)}, expected {(len(samples), len(text))}: one row a sample"
-        )
+    if text.ndim != 2 or len(text) == 0 or not text.isfinite().all():
+        raise ValueError(f"text holds one embedding a seen class, (C, D) and finite, got {tuple(text.shape)}")
     for name, value in positive.items():
         if value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
+    for name, number in {"lr": lr, "weight_decay": weight_decay}.items():
+        if not 0 <= number < math.inf:
+            raise ValueError(f"{name} is {number}, expected a finite number of at least 0")
+
+
+def _check_teacher(visual: Any, samples: Any, text: Tensor, teacher: Any, scores: Tensor | None, distil: bool) -> None:
+    if teacher is not None and scores is not None:
+        raise ValueError("teacher and teacher_scores are two sources of the same scores: give one of them")
+    if teacher is not None:
+        tower = _tower(teacher, "teacher")
+        if tower is visual:
+            raise ValueError("teacher is the tower that is trained: give a copy of it from before the fine-tuning")
+        if tower.training:
+            raise ValueError("teacher is in training mode: call teacher.eval() first")
+    if scores is not None:
+        shape = len(samples), len(text)
+        if scores.shape != shape:
+            raise ValueError(f"teacher_scores are {tuple(scores.shape)}, expected {shape}: one row a sample")
+        check_unit_range("teacher_scores", scores, "pass them through softmax over the classes")
+    if distil and teacher is None and scores is None and getattr(visual, "fine_tuned", False):
+        raise ValueError(
+            "the tower was fine-tuned before, so a copy of it is not the frozen CLIP that self-distillation needs: "
+            "give the frozen CLIP as teacher, its teacher_scores, or loss=MAFTLoss(distillation_weight=0)"
+        )
+
+
+def _check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise OSError unless a file can be written where `path`, or what it links to, lies."""
+    target = Path(path).resolve()
+    if target.is_dir():
+        raise IsADirectoryError(f"checkpoint {path} is a folder; give the path of a file in it")
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        message = f"checkpoint {path} can't be written ({error.strerror}); make its folder, or give another path"
+        raise type(error)(error.errno, message) from error

@@ -15,6 +15,12 @@ def count_macs(function: Callable[[], object]) -> int:
     torch's counter gives two operations for each. It misses the fast path of `nn.MultiheadAttention` and, in
     some versions, the fused attention of the CPU, so the matrix products that these stand for run instead.
 
+    Args:
+        function: called without arguments; what it returns is thrown away.
+
+    Returns:
+        Multiply-accumulates.
+
     Example:
         >>> attention = torch.nn.MultiheadAttention(8, num_heads=2, batch_first=True).eval()
         >>> tokens = torch.zeros(1, 5, 8)

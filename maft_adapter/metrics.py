@@ -7,6 +7,9 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from .extras import extra
+from .losses import class_indices
+
 
 class SegmentationScores(TypedDict):
     """Percentages in [0, 100]; NaN where no class counts. `iou` has one entry per class."""
@@ -31,14 +34,15 @@ class SegmentationMetrics:
             a miss that enlarges the union of its true class. Outside 0..C-1.
 
     Raises:
-        TypeError: on indices that are no integers.
-        ValueError: on indices out of range or named twice.
-        ImportError: without torchmetrics.
+        TypeError: indices that are no integers.
+        ValueError: indices out of range or named twice.
+        ImportError: without torchmetrics, of the extra `demo`.
 
-    >>> metrics = SegmentationMetrics(num_classes=3, unseen=[2])
-    >>> metrics.update(torch.tensor([[[0, 0, 1, 2]]]), torch.tensor([[[0, 1, 1, 2]]]))
-    >>> metrics.compute()
-    {'miou': 66.66..., 'miou_seen': 50.0, 'miou_unseen': 100.0, 'hiou': 66.66..., 'iou': [50.0, 50.0, 100.0]}
+    Example:
+        >>> metrics = SegmentationMetrics(num_classes=3, unseen=[2])
+        >>> metrics.update(torch.tensor([[[0, 0, 1, 2]]]), torch.tensor([[[0, 1, 1, 2]]]))
+        >>> metrics.compute()
+        {'miou': 66.66..., 'miou_seen': 50.0, 'miou_unseen': 100.0, 'hiou': 66.66..., 'iou': [50.0, 50.0, 100.0]}
     """
 
     def __init__(self, num_classes: int, unseen: Sequence[int], ignore_index: int = 255) -> None:
@@ -50,10 +54,8 @@ class SegmentationMetrics:
         indices = [index(c) for c in unseen]
         if len(set(indices)) < len(indices) or not all(0 <= c < num_classes for c in indices):
             raise ValueError(f"unseen must be distinct class indices in 0..{num_classes - 1}, got {indices}")
-        try:
+        with extra("demo"):
             from torchmetrics.classification import MulticlassConfusionMatrix
-        except ImportError as error:
-            raise ImportError("torchmetrics is missing: pip install 'maft-adapter[demo]'") from error
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.unseen = torch.zeros(num_classes, dtype=torch.bool)  # (C,)
@@ -62,22 +64,22 @@ class SegmentationMetrics:
         self.confusion = MulticlassConfusionMatrix(num_classes + 1, ignore_index, validate_args=False)
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Add label maps, prediction and target (B, H, W) of any integer dtype, on any device.
+        """Add label maps.
+
+        Args:
+            prediction: (B, H, W) of any integer dtype, on any device: class indices or `ignore_index`.
+            target: likewise.
 
         Raises:
-            TypeError: unless both are integer tensors.
-            ValueError: on other shapes, or labels that are neither in 0..C-1 nor ignore_index.
+            TypeError: they are no integer tensors.
+            ValueError: other shapes, or labels that are neither in 0..C-1 nor `ignore_index`.
         """
-        for name, labels in (("prediction", prediction), ("target", target)):
-            if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
-                given = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-                raise TypeError(f"{name} must be an integer tensor of class indices, got {given}")
+        prediction, target = class_indices("prediction", prediction), class_indices("target", target)
         if prediction.ndim != 3 or prediction.shape != target.shape:
             raise ValueError(
                 "expected prediction and target of one shape (B, H, W), got "
                 f"{tuple(prediction.shape)} and {tuple(target.shape)}"
             )
-        prediction, target = prediction.long(), target.long()
         for name, labels in (("prediction", prediction), ("target", target)):
             bad = labels[((labels < 0) | (labels >= self.num_classes)) & (labels != self.ignore_index)]
             if len(bad):
@@ -101,7 +103,7 @@ class SegmentationMetrics:
             the harmonic mean of seen and unseen, 0 if both are 0.
 
         Raises:
-            ValueError: on an unknown `absent`, or if no labelled pixel has been added.
+            ValueError: an unknown `absent`, or no labelled pixel has been added.
         """
         if absent not in ("ignore", "zero"):
             raise ValueError(f"absent must be 'ignore' or 'zero', got {absent!r}")

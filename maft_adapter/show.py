@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from numpy.typing import ArrayLike, NDArray
+
+from .extras import extra
+
+with extra("demo"):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
 __all__ = ["PALETTE", "colorize", "label_maps", "overlay", "typical_proposals"]
 
@@ -48,7 +52,7 @@ def overlay(
         (H, W, 3) uint8.
 
     Raises:
-        ValueError: another shape or dtype, or masks outside [0, 1].
+        ValueError: another shape or dtype, or a mask, a colour or a fade out of its range.
 
     Example:
         >>> mask = np.zeros((8, 8), bool)
@@ -62,6 +66,9 @@ def overlay(
         raise ValueError(f"mask is {region.shape}, expected the image's {picture.shape[:2]}: resize one of them")
     if not ((region >= 0) & (region <= 1)).all():
         raise ValueError("mask must lie in [0, 1]: turn logits into probabilities with a sigmoid")
+    if not 0 <= fade <= 1:
+        raise ValueError(f"fade is {fade!r}, expected a number in [0, 1]")
+    _check_color(color)
     inside = region >= 0.5
     padded = np.pad(inside, 1, mode="edge")
     inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
@@ -86,13 +93,15 @@ def colorize(
         (H, W, 3) uint8.
 
     Raises:
-        ValueError: not two-dimensional, or not of integers.
+        ValueError: the map is not two-dimensional or not of integers, or a colour is not RGB in [0, 255].
 
     Example:
         >>> colorize([[0, 7]], {7: (136, 204, 238)}).tolist()
         [[[214, 214, 214], [136, 204, 238]]]
     """
     labels = _check_label_map(label_map)
+    for color in (other, *palette.values()):
+        _check_color(color)
     out = np.empty((*labels.shape, 3), np.uint8)
     out[:] = other
     for label, color in palette.items():
@@ -143,24 +152,28 @@ def label_maps(
     figure = Figure(figsize=(1.95 * columns + 1.7, 1.95 * len(rows) + 0.3), layout="constrained")
     axes = figure.subplots(len(rows), columns + 1, squeeze=False, width_ratios=[1.0] * columns + [0.85])
     for cell, title in zip(axes[0], ["image", *maps], strict=False):
-        cell.set_title(title, fontsize=11)
+        cell.set_title(title, fontsize=11, parse_math=False)
     for cells, picture, row in zip(axes, pictures, rows, strict=True):
-        palette, legend = _row_palette(row, class_names, ignore_index)
+        palette, named = _row_palette(row, class_names, ignore_index)
         shown = [picture, *(colorize(labels, palette) for labels in row)]
         for cell, content in zip(cells, shown, strict=False):
             _picture(cell, content)
         cells[-1].axis("off")
-        cells[-1].legend(
-            handles=legend, loc="center left", frameon=False, fontsize=8.5, borderaxespad=0,
+        legend = cells[-1].legend(
+            [Patch(fc=[v / 255 for v in color], ec="#888888", lw=0.5) for _, color in named], [" "] * len(named),
+            loc="center left", frameon=False, fontsize=8.5, borderaxespad=0,
             handlelength=1.1, handleheight=1.1, labelspacing=0.35,
         )  # fmt: skip
+        # Afterwards, because a legend leaves out names that begin with an underscore.
+        for text, (name, _) in zip(legend.get_texts(), named, strict=True):
+            text.set(text=name, parse_math=False)
     return figure
 
 
 def _row_palette(
     row: list[NDArray[np.int64]], class_names: Sequence[str], ignore_index: int
-) -> tuple[dict[int, tuple[int, int, int]], list[Patch]]:
-    """Colours of one row's classes and its legend: the first map's classes by area, then the others'."""
+) -> tuple[dict[int, tuple[int, int, int]], list[tuple[str, tuple[int, int, int]]]]:
+    """Colours of one row's classes and the entries of its legend: the first map's classes by area, then the others'."""
     areas = np.stack([np.bincount(x[x != ignore_index], minlength=len(class_names)) for x in row])  # (M, C)
     first, total = areas[0], areas.sum(0)
     order = sorted(np.flatnonzero(total).tolist(), key=lambda k: (first[k] == 0, -first[k], -total[k], k))
@@ -171,8 +184,7 @@ def _row_palette(
     if any((labels == ignore_index).any() for labels in row):
         palette[ignore_index] = UNLABELLED
         named.append(("none", UNLABELLED))
-    patches = [Patch(fc=[v / 255 for v in color], ec="#888888", lw=0.5, label=name) for name, color in named]
-    return palette, patches
+    return palette, named
 
 
 def typical_proposals(
@@ -196,7 +208,8 @@ def typical_proposals(
         titles: of the N proposals.
 
     Raises:
-        ValueError: no proposals or no scores, or lengths and shapes that don't match.
+        ValueError: no proposals or no scores, lengths and shapes that don't match, scores outside [0, 1], or correct
+            classes that have no name.
 
     Example:
         >>> image, masks = np.zeros((8, 8, 3), np.uint8), np.ones((1, 8, 8), bool)
@@ -213,16 +226,25 @@ def typical_proposals(
         raise ValueError(f"expected scores {wanted} of at least one model and proposal, got {given}")
     if len(correct) != n or len(titles) != n:
         raise ValueError(f"expected {n} titles and lists of correct classes, got {len(titles)} and {len(correct)}")
+    for name, table in tables.items():
+        if not ((table >= 0) & (table <= 1)).all():  # also catches NaN
+            raise ValueError(
+                f"scores of {name!r} must be probabilities in [0, 1], got values from {table.min():.4g} to "
+                f"{table.max():.4g}: pass logits through softmax, and divide percentages by 100"
+            )
+    unknown = sorted({int(k) for row in correct for k in row if not 0 <= k < len(class_names)})
+    if unknown:
+        raise ValueError(f"correct classes are indices in 0..{len(class_names) - 1}, got {unknown[:8]}")
 
     figure = Figure(figsize=(2.3 + 3.1 * len(tables), 2.15 * n + 0.3), layout="constrained")
     axes = figure.subplots(n, 1 + len(tables), squeeze=False, width_ratios=[1.0] + [1.25] * len(tables))
     for i, cells in enumerate(axes):
         _picture(cells[0], overlay(picture, regions[i]))
-        cells[0].set_title(titles[i], fontsize=10.5)
+        cells[0].set_title(titles[i], fontsize=10.5, parse_math=False)
         for cell, (name, table) in zip(cells[1:], tables.items(), strict=True):
             _bars(cell, table[i], class_names, correct[i])
             if i == 0:
-                cell.set_title(name, fontsize=11)
+                cell.set_title(name, fontsize=11, parse_math=False)
     return figure
 
 
@@ -231,7 +253,7 @@ def _bars(cell: Axes, scores: NDArray[np.float64], class_names: Sequence[str], c
     values = 100 * scores[best]
     bars = cell.barh(range(len(best)), values, color=[_CORRECT if k in correct else _WRONG for k in best], height=0.7)
     cell.bar_label(bars, [f"{value:.0f} %" for value in values], padding=3, fontsize=9)
-    cell.set_yticks(range(len(best)), [class_names[k] for k in best], fontsize=9.5)
+    cell.set_yticks(range(len(best)), [class_names[k] for k in best], fontsize=9.5, parse_math=False)
     for tick, k in zip(cell.get_yticklabels(), best, strict=True):
         tick.set_fontweight("bold" if k in correct else "normal")
     cell.invert_yaxis()
@@ -255,6 +277,11 @@ def _check_image(image: ArrayLike) -> NDArray[np.uint8]:
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
         raise ValueError(f"an image is (H, W, 3) uint8 RGB in [0, 255], got {picture.shape} {picture.dtype}")
     return picture
+
+
+def _check_color(color: tuple[int, int, int]) -> None:
+    if len(color) != 3 or not all(0 <= value <= 255 for value in color):
+        raise ValueError(f"a colour is (red, green, blue) in [0, 255], got {color!r}")
 
 
 def _check_label_map(label_map: ArrayLike) -> NDArray[np.int64]:

@@ -6,6 +6,7 @@ import open_clip
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from maft_adapter.baselines import MergeMode, encode_crops, merge
 
@@ -66,13 +67,14 @@ def merge_one(image: np.ndarray, mask: np.ndarray, mode: str, size: tuple[int, i
     if mode != "crop" or not mask.any():
         picture[:, ~mask] = 0
     y0, y1, x0, x1 = (0, mask.shape[0], 0, mask.shape[1]) if mode == "mask" else bounding_box(mask)
+    picture = picture[:, y0:y1, x0:x1]
     step_y, step_x = (y1 - y0) / size[0], (x1 - x0) / size[1]
     samples_y, samples_x = math.ceil(step_y), math.ceil(step_x)
     result = np.zeros((3, *size))
     for i, j in np.ndindex(*size):
         for a, b in np.ndindex(samples_y, samples_x):
-            y = y0 + (i + (a + 0.5) / samples_y) * step_y - 0.5
-            x = x0 + (j + (b + 0.5) / samples_x) * step_x - 0.5
+            y = (i + (a + 0.5) / samples_y) * step_y - 0.5
+            x = (j + (b + 0.5) / samples_x) * step_x - 0.5
             result[:, i, j] += bilinear(picture, y, x) / (samples_y * samples_x)
     return result
 
@@ -117,8 +119,24 @@ class TestMerge:
         masks = torch.zeros(2, 1, 40, 24)
         masks[:, :, 39, 23] = 1
         assert merge(images, masks, mode, 16).isfinite().all()
-        one = merge(images, masks, "mask_crop", 1)[:, 0, :, 0, 0]
-        torch.testing.assert_close(one, images[:, :, 39, 23])
+        if mode != "mask":
+            for y, x in ((39, 23), (0, 0), (20, 10)):
+                masks = torch.zeros(2, 1, 40, 24)
+                masks[:, :, y, x] = 1
+                enlarged = merge(images, masks, mode, 16)[:, 0]  # (2, 3, 16, 16)
+                torch.testing.assert_close(enlarged, images[:, :, y, x, None, None].expand(2, 3, 16, 16))
+
+    @pytest.mark.parametrize("mode", ["crop", "mask_crop"])
+    @pytest.mark.parametrize("size", [3, 16, 64])
+    def test_nothing_beyond_the_box_gets_in(self, images: Tensor, masks: Tensor, mode: MergeMode, size: int) -> None:
+        others = images.clone()
+        others[0, :, :10] = others[0, :, 30:] = others[0, :, :, :4] = others[0, :, :, 20:] = 1e6
+        assert torch.equal(merge(images, masks, mode, size)[0, 0], merge(others, masks, mode, size)[0, 0])
+
+    def test_gradients_reach_the_images(self, images: Tensor, masks: Tensor) -> None:
+        merge(images.requires_grad_(), masks, "mask_crop", 8).sum().backward()
+        assert images.grad is not None
+        assert torch.equal((images.grad != 0).any(1)[0], masks[0].any(0))
 
     @pytest.mark.parametrize("mode", MODES)
     def test_a_proposal_does_not_depend_on_the_others(self, images: Tensor, masks: Tensor, mode: MergeMode) -> None:
@@ -209,6 +227,34 @@ class TestEncodeCrops:
         at_once, valid = encode_crops(clip_model, images, masks)
         torch.testing.assert_close(by_three, at_once, atol=1e-5, rtol=1e-5)
         assert torch.equal(valid_by_three, valid)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_soft_masks_are_cut_at_one_half(self, clip_model: nn.Module, images: Tensor, mode: MergeMode) -> None:
+        soft = torch.rand(2, 3, 40, 24, generator=torch.Generator().manual_seed(2))
+        soft[0, 0], soft[0, 1] = 0, 0.49  # one pixel of exactly a half is inside, and nothing below
+        soft[0, 0, 7, 9] = 0.5
+        embeddings, valid = encode_crops(clip_model, images, soft, mode)
+        expected, _ = encode_crops(clip_model, images, soft >= 0.5, mode)
+        assert torch.equal(embeddings, expected)
+        assert valid.tolist() == [[True, False, True], [True] * 3]
+
+    def test_memory_does_not_grow_with_the_number_of_proposals(self, clip_model: nn.Module) -> None:
+        """64 boxes of 8x8 pixels: no step on the way takes more than the picture itself."""
+        images, masks = torch.randn(1, 3, 400, 500), torch.zeros(1, 64, 400, 500, dtype=torch.bool)
+        for n in range(64):
+            masks[0, n, 5 * n : 5 * n + 8, 100:108] = True
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            encode_crops(clip_model, images, masks, batch_size=4)
+        assert max(event.cpu_memory_usage for event in record.events()) <= images.nbytes
+
+    def test_towers_that_give_tokens_besides(self, clip_model: nn.Module, images: Tensor, masks: Tensor) -> None:
+        both = tiny_clip(output_tokens=True)
+        both.load_state_dict(clip_model.state_dict())
+        for actual, expected in zip(
+            encode_crops(both, images, masks), encode_crops(clip_model, images, masks), strict=True
+        ):
+            assert torch.equal(actual, expected)
+        assert encode_crops(both, images, masks[:, :0])[0].shape == (2, 0, 16)
 
     def test_empty_masks_are_reported(self, clip_model: nn.Module, images: Tensor, masks: Tensor) -> None:
         embeddings, valid = encode_crops(clip_model, images, masks)

@@ -1,26 +1,36 @@
 """Fine-tuning on the small CLIP with random weights: repeats, what trains, teachers, checkpoints, errors."""
 
 import copy
+import inspect
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.nn.functional import normalize
+from zoo import DIM, embedding, mask_aware_tower, plain_tower, random_images, random_masks
 
-from maft_adapter import MAFTLoss, make_mask_aware
+from maft_adapter import MAFTLoss, encode_image, make_mask_aware, restore
 from maft_adapter.classify import class_scores
 from maft_adapter.finetune import Sample, finetune, ground_truth
+from maft_adapter.losses import self_distillation_loss
 from maft_adapter.shapes.clip import create_clip
 
 
-@pytest.fixture
-def clip() -> Any:
+def create() -> Any:
     torch.manual_seed(0)
     model = create_clip()
     make_mask_aware(model.visual, start_layer=9)
     return model
+
+
+@pytest.fixture
+def clip() -> Any:
+    return create()
 
 
 @pytest.fixture
@@ -77,6 +87,81 @@ def test_precomputed_teacher_scores_equal_the_frozen_copy(clip: Any, samples: li
     assert expected[-1]["self_distillation"] > 0
 
 
+def test_given_teacher_scores_are_the_ones_that_count(clip: Any, samples: list[Sample]) -> None:
+    scores = torch.rand(3, 4, generator=torch.Generator().manual_seed(4))
+    images = torch.stack([sample.image for sample in samples])
+    with torch.no_grad():
+        student = class_scores(clip.eval().visual(images), TEXT, clip.logit_scale.exp())
+    expected = float(((student - scores).double() ** 2).mean() / 2)  # SmoothL1 of differences below 1
+    step = run(clip, samples, teacher_scores=scores, batch_size=3, iterations=1)[0]
+    assert step["self_distillation"] == pytest.approx(expected, rel=1e-5) and expected > 0.01
+
+
+def test_a_fine_tuned_tower_needs_the_frozen_one(clip: Any, samples: list[Sample]) -> None:
+    frozen = copy.deepcopy(clip).eval()
+    run(clip, samples)
+    for tuned in (clip, copy.deepcopy(clip), patched_again(clip)):
+        before = copy.deepcopy(tuned.state_dict())
+        with pytest.raises(ValueError, match=r"was fine-tuned before.*frozen CLIP as teacher, its teacher_scores"):
+            run(tuned, samples)
+        assert all(torch.equal(before[name], value) for name, value in tuned.state_dict().items())
+    other, third = copy.deepcopy(clip), copy.deepcopy(clip)
+    images = torch.stack([sample.image for sample in samples])
+    with torch.no_grad():
+        scores = class_scores(frozen.visual(images), TEXT, frozen.logit_scale.exp())
+    unchanged = copy.deepcopy(frozen.state_dict())
+    history = run(clip, samples, teacher=frozen)
+    assert history[0]["self_distillation"] > 1e-6
+    for a, b in zip(history, run(other, samples, teacher_scores=scores), strict=True):
+        assert a == pytest.approx(b, abs=1e-6)
+    assert run(third, samples, teacher=frozen.visual) == history
+    assert all(torch.equal(unchanged[name], value) for name, value in frozen.state_dict().items())
+    run(clip, samples, loss=MAFTLoss(distillation_weight=0))
+
+
+def patched_again(clip: Any) -> Any:
+    clip = copy.deepcopy(clip)
+    make_mask_aware(restore(clip.visual), start_layer=9)
+    return clip
+
+
+def test_bad_teachers(clip: Any, samples: list[Sample]) -> None:
+    with pytest.raises(TypeError, match="teacher is not mask-aware"):
+        run(clip, samples, teacher=create_clip().eval())
+    with pytest.raises(ValueError, match="teacher is the tower that is trained"):
+        run(clip, samples, teacher=clip)
+    with pytest.raises(ValueError, match=r"call teacher.eval\(\)"):
+        run(clip, samples, teacher=create().train())
+    with pytest.raises(ValueError, match="two sources"):
+        run(clip, samples, teacher=create().eval(), teacher_scores=torch.full((3, 4), 0.25))
+
+
+def test_the_defaults_are_the_paper_s(clip: Any, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sec. 5.1 and Table 4: 1000 iterations (COCO-Stuff), batch 16, lr and weight decay 1e-5, "+conv", lambda 1."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(finetune).parameters.items()}
+    assert (defaults["iterations"], defaults["batch_size"], defaults["freeze"]) == (1000, 16, "paper")
+    assert (defaults["lr"], defaults["weight_decay"], defaults["checkpoint_every"]) == (1e-5, 1e-5, 500)
+    seen: list[Any] = []
+
+    class Spy(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            seen.append({key: self.param_groups[0][key] for key in ("lr", "weight_decay")})
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    other = copy.deepcopy(clip)
+    scores = torch.full((3, 4), 0.25)
+    history = finetune(clip, samples, TEXT, iterations=1, teacher_scores=scores, progress=False)
+    assert seen == [{"lr": 1e-5, "weight_decay": 1e-5}]
+    expected = finetune(
+        other, samples, TEXT, iterations=1, batch_size=16, freeze="+conv", loss=MAFTLoss("smooth_l1", 1.0),
+        teacher_scores=scores, progress=False,
+    )  # fmt: skip
+    assert history == expected
+    trains = {name: parameter.requires_grad for name, parameter in other.visual.named_parameters()}
+    assert trains == {name: parameter.requires_grad for name, parameter in clip.visual.named_parameters()}
+
+
 def test_the_mask_aware_loss_falls(clip: Any, samples: list[Sample]) -> None:
     history = run(clip, samples, iterations=16, batch_size=3, lr=3e-4, loss=MAFTLoss(distillation_weight=0))
     assert history[-1]["mask_aware"] < 0.5 * history[0]["mask_aware"]
@@ -92,6 +177,92 @@ def test_unseen_pixels_never_reach_the_loss(clip: Any, samples: list[Sample]) ->
 def test_images_without_any_seen_class(clip: Any, samples: list[Sample]) -> None:
     empty = [Sample(s.image, s.masks, torch.full_like(s.labels, 255)) for s in samples]
     assert run(clip, empty)[0]["mask_aware"] == 0
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64,
+    ],
+)  # fmt: skip
+def test_label_maps_of_every_integer_dtype_train(dtype: torch.dtype, clip: Any, samples: list[Sample]) -> None:
+    other = copy.deepcopy(clip)
+    ignored = -1 if dtype == torch.int8 else 255
+    cast = [Sample(s.image, s.masks, s.labels.where(s.labels < 4, ignored).to(dtype)) for s in samples]
+    assert run(clip, samples, iterations=1) == run(other, cast, iterations=1)
+
+
+def test_label_maps_as_numpy_reads_16_bit_files(clip: Any, samples: list[Sample]) -> None:
+    other = copy.deepcopy(clip)
+    maps = [s.labels.where(s.labels < 4, 65535).numpy().astype(np.uint16) for s in samples]
+    read = [Sample(s.image, s.masks, torch.from_numpy(x)) for s, x in zip(samples, maps, strict=True)]
+    assert run(clip, samples, iterations=1) == run(other, read, iterations=1)
+    with pytest.raises(TypeError, match=r"samples\[\d\]\.labels must be a tensor, got ndarray.*torch\.from_numpy"):
+        run(create(), [Sample(s.image, s.masks, x) for s, x in zip(samples, maps, strict=True)])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"samples\[\d\]\.labels must be a tensor of integer class .*float32"):
+        run(create(), [s._replace(labels=s.labels.float()) for s in samples])
+
+
+TOWERS = [
+    "open_clip-output_tokens",
+    "open_clip-coca",
+    "transformers-clip-projection",
+    "transformers-siglip",
+    "timm-gap",
+]
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_towers_whose_own_call_gives_more_than_an_embedding(kind: str) -> None:
+    """Against the teacher that the unpatched tower is."""
+    visual = mask_aware_tower(kind)
+    text = torch.randn(3, visual(random_images((32, 32)), random_masks(1, (32, 32))).shape[-1])
+    images, masks = random_images((32, 32), batch=1), random_masks(4, (32, 32), batch=1)
+    sample = Sample(images[0], masks[0], torch.zeros(32, 32, dtype=torch.int64))
+    with torch.no_grad():
+        teacher = class_scores(embedding(plain_tower(kind)(images)), text, 10.0)
+    history = finetune(
+        visual, [sample], text, iterations=3, batch_size=1, lr=1e-2, logit_scale=10.0, progress=False,
+        freeze="as_is" if kind == "timm-gap" else "paper",
+    )  # fmt: skip
+    assert history[0]["self_distillation"] == pytest.approx(0, abs=1e-9)
+    with torch.no_grad():
+        student = class_scores(encode_image(visual, images), text, 10.0)
+    assert self_distillation_loss(student, teacher) > 1e-9
+    again = mask_aware_tower(kind)
+    expected = finetune(
+        again, [sample], text, iterations=3, batch_size=1, lr=1e-2, logit_scale=10.0, progress=False,
+        freeze="as_is" if kind == "timm-gap" else "paper", teacher_scores=teacher,
+    )  # fmt: skip
+    for a, b in zip(history, expected, strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_running_statistics_stay_the_frozen_model_s() -> None:
+    visual = mask_aware_tower("resnet").train()
+    sample = Sample(random_images((64, 64))[0], random_masks(2, (64, 64))[0], torch.zeros(64, 64, dtype=torch.int64))
+    text = torch.randn(3, DIM).requires_grad_()
+    visual.requires_grad_(False).attnpool.requires_grad_(True)
+    before = {name: value.clone() for name, value in visual.state_dict().items()}
+    history = finetune(
+        visual, [sample], text, iterations=2, batch_size=1, logit_scale=10.0, freeze="as_is", progress=False
+    )
+    assert history[0]["self_distillation"] == pytest.approx(0, abs=1e-12)  # the teacher is in eval mode, too
+    changed = {name for name, value in visual.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith("attnpool.") for name in changed)
+    assert all(module.training for module in visual.modules())
+    assert text.grad is None
+
+
+def test_adapters_train_where_they_are(clip: Any, samples: list[Sample]) -> None:
+    peft = pytest.importorskip("peft", reason="peft, of the extra test, is not installed")
+    peft.get_peft_model(clip.visual, peft.LoraConfig(r=2, target_modules=["c_fc", "c_proj"]))
+    with pytest.raises(ValueError, match="freeze='as_is'"):
+        run(clip, samples)
+    before = {name: value.clone() for name, value in clip.state_dict().items()}
+    run(clip, samples, freeze="as_is")
+    changed = {name for name, value in clip.state_dict().items() if not torch.equal(value, before[name])}
+    assert len(changed) == 48 and all(".lora_" in name for name in changed)
 
 
 def test_checkpoint_loads_into_an_unpatched_tower(clip: Any, samples: list[Sample], tmp_path: Path) -> None:
@@ -112,11 +283,115 @@ def test_ctrl_c_leaves_the_checkpoint_of_the_last_step_and_the_mode(
             raise KeyboardInterrupt
 
     clip.train()
+    clip.transformer.eval()
     with pytest.raises(KeyboardInterrupt):
         run(clip, samples, iterations=5, checkpoint=tmp_path / "tower.safetensors", on_iteration=stop)
     saved = load_file(tmp_path / "tower.safetensors")
     assert all(torch.equal(saved[name], value) for name, value in clip.visual.state_dict().items())
-    assert clip.training and clip.visual.training
+    assert clip.training and clip.visual.training and not clip.transformer.training
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    return load_file(path) if path.exists() else {}
+
+
+def test_a_checkpoint_is_written_every_so_many_iterations(clip: Any, samples: list[Sample], tmp_path: Path) -> None:
+    path, towers, files = tmp_path / "tower.safetensors", [], []
+
+    def watch(iteration: int) -> None:  # called before the checkpoint of the iteration is written
+        towers.append({name: value.clone() for name, value in clip.visual.state_dict().items()})
+        files.append(weights(path))
+
+    run(clip, samples, iterations=5, checkpoint=path, checkpoint_every=2, on_iteration=watch)
+    files.append(weights(path))
+    assert files[:2] == [{}, {}]
+    for file, iteration in zip(files[2:], (2, 2, 4, 5), strict=True):
+        assert all(torch.equal(file[name], value) for name, value in towers[iteration - 1].items())
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "weights", "huge weights", "huge lr"])
+def test_divergence_leaves_the_last_good_checkpoint(
+    what: str, clip: Any, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, options = tmp_path / "tower.safetensors", {}
+    good: dict[str, Tensor] = {}
+
+    class Broken(MAFTLoss):
+        def forward(self, *args: Any) -> dict[str, Tensor]:
+            terms = super().forward(*args)
+            return {**terms, "mask_aware": terms["mask_aware"] * (torch.nan if what == "loss" and good else 1)}
+
+    def spoil(iteration: int) -> None:
+        if iteration != 3:
+            return
+        good.update({name: value.clone() for name, value in weights(path).items()})  # after 2 iterations
+        if what == "gradient":
+            clip.visual.proj.register_hook(lambda gradient: gradient * torch.inf)
+        if "weights" in what:
+            with torch.no_grad():
+                clip.visual.ln_post.weight.fill_(torch.nan if what == "weights" else 1e20)  # whose squares are infinite
+
+    if what == "huge lr":
+
+        class Leap(torch.optim.AdamW):
+            def step(self, closure: Any = None) -> Any:
+                self.param_groups[0]["lr"] = 1e30 if good else 1e-3
+                return super().step(closure)
+
+        monkeypatch.setattr(torch.optim, "AdamW", Leap)
+        options["iterations"] = 4  # the leap is the last step: no forward pass follows it
+    with pytest.raises(FloatingPointError, match=r"diverged after [34] iterations: .*lower lr"):
+        run(
+            clip, samples, checkpoint=path, checkpoint_every=2, on_iteration=spoil, loss=Broken(),
+            **{"iterations": 6, **options},
+        )  # fmt: skip
+    assert good and all(torch.equal(value, good[name]) for name, value in weights(path).items())
+    if what in ("loss", "gradient"):  # found out before the step
+        assert all(value.isfinite().all() for value in clip.visual.state_dict().values())
+    assert [file.name for file in tmp_path.iterdir()] == ["tower.safetensors"]
+
+
+def test_ctrl_c_within_a_step_leaves_the_last_good_checkpoint(
+    clip: Any, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, good = tmp_path / "tower.safetensors", {}
+
+    class Interrupted(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            if path.exists():
+                good.update(weights(path))
+                with torch.no_grad():
+                    self.param_groups[0]["params"][0].add_(1)  # some are new, the others old
+                raise KeyboardInterrupt
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(clip, samples, iterations=5, checkpoint=path, checkpoint_every=2)
+    assert good and all(torch.equal(value, good[name]) for name, value in weights(path).items())
+
+
+def test_a_broken_sample_leaves_the_checkpoint_of_the_last_step(
+    clip: Any, samples: list[Sample], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="masks"):
+        run(clip, [*samples, samples[0]._replace(masks=samples[0].masks + 3.0)], iterations=8, batch_size=1, seed=1,
+            checkpoint=tmp_path / "tower.safetensors")  # fmt: skip
+    saved = weights(tmp_path / "tower.safetensors")
+    assert saved and all(torch.equal(saved[name], value) for name, value in clip.visual.state_dict().items())
+
+
+@pytest.mark.parametrize("place", ["missing/tower.safetensors", "file/tower.safetensors", ""])
+def test_a_checkpoint_that_can_not_be_written_is_refused_before_the_first_step(
+    place: str, clip: Any, samples: list[Sample], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    before = copy.deepcopy(clip.state_dict())
+    with pytest.raises(OSError, match=r"checkpoint .*(can't be written.*make its folder|is a folder)"):
+        run(clip, samples, checkpoint=tmp_path / place)
+    assert all(torch.equal(before[name], value) for name, value in clip.state_dict().items())
+    assert all(parameter.requires_grad for parameter in clip.parameters())
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 def test_divergence_is_an_error_that_names_the_learning_rate(clip: Any, samples: list[Sample]) -> None:
@@ -131,7 +406,12 @@ def test_divergence_is_an_error_that_names_the_learning_rate(clip: Any, samples:
         ({"batch_size": 0}, "batch_size is 0"),
         ({"checkpoint_every": 0}, "checkpoint_every is 0"),
         ({"teacher_scores": torch.zeros(2, 4)}, r"teacher_scores are \(2, 4\), expected \(3, 4\)"),
+        ({"teacher_scores": torch.full((3, 4), torch.nan)}, r"teacher_scores must lie in \[0, 1\]"),
+        ({"teacher_scores": torch.full((3, 4), 30.0)}, r"teacher_scores must lie in \[0, 1\].*softmax"),
         ({"freeze": "most"}, "unknown freeze"),
+        ({"lr": -1.0}, "lr is -1.0, expected a finite number"),
+        ({"lr": math.nan}, "lr is nan"),
+        ({"weight_decay": math.inf}, "weight_decay is inf"),
     ],
 )
 def test_bad_options(clip: Any, samples: list[Sample], options: dict[str, Any], message: str) -> None:
@@ -146,6 +426,10 @@ def test_bad_models_and_data(clip: Any, samples: list[Sample]) -> None:
         run(clip, [])
     with pytest.raises(ValueError, match=r"one embedding a seen class, \(C, D\)"):
         finetune(clip, samples, TEXT[0], iterations=1)
+    with pytest.raises(ValueError, match="and finite"):
+        finetune(clip, samples, TEXT * torch.nan, iterations=1)
+    with pytest.raises(ValueError, match=r"VisionTransformer has no logit_scale.*pass logit_scale"):
+        run(clip.visual, samples)
     with pytest.raises(TypeError, match="not mask-aware"):
         run(create_clip(), samples)
     clip.visual.bfloat16()
@@ -158,6 +442,9 @@ def test_ground_truth_ignores_what_is_no_class() -> None:
     assert labels.tolist() == [3]
     assert targets.tolist() == [[[False, True], [True, False]]]
     assert ground_truth(torch.full((2, 2), 255), num_classes=4)[0].shape == (0, 2, 2)
+    assert ground_truth(torch.tensor([[4, 3, 0]]), num_classes=4)[1].tolist() == [0, 3]
+    with pytest.raises(ValueError, match=r"\(H, W\), got \(1, 2, 2\)"):
+        ground_truth(torch.zeros(1, 2, 2, dtype=torch.uint8), num_classes=4)
 
 
 def test_every_step_has_the_released_decay_and_clipping(

@@ -11,8 +11,10 @@ from open_clip import CLIP
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
+from maft_adapter import make_mask_aware
 from maft_adapter.freezing import trainable_parameters
 
 # Table 4d, from top to bottom: what each row freezes in addition
@@ -211,9 +213,16 @@ def without_class_token() -> VisionTransformer:
     return visual
 
 
+def with_registers() -> VisionTransformer:
+    visual = tower()
+    visual.register_parameter("registers", nn.Parameter(torch.zeros(4, 16)))
+    return visual
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
+        (with_registers, r"1 parameters of unknown role \['registers'\], units without parameters \[\]"),
         (lambda: ModifiedResNet((1, 1, 1, 1), 8, 2, 32, 4), r"ModifiedResNet is not laid out.*'bn1\.weight'"),
         (lambda: timm.create_model("vit_tiny_patch16_224", depth=1), r"unknown role \['cls_token'"),
         (small_clip, r"CLIP is not laid out.*unknown role.*pass the image tower itself \(model\.visual\)"),
@@ -235,7 +244,114 @@ def test_unknown_towers_are_refused_and_left_alone(build: Callable[[], nn.Module
 def test_unknown_name_lists_the_choices_and_changes_nothing() -> None:
     visual = tower()
     before = requires_grad(visual)
-    choices = re.escape(r"none, +cls, +pos, +mlp, +conv, +proj, paper, released")
+    choices = re.escape(r"none, +cls, +pos, +mlp, +conv, +proj, paper, released, as_is")
     with pytest.raises(ValueError, match=rf"unknown freeze 'mlp'.*{choices}"):
         trainable_parameters(visual, "mlp")
     assert requires_grad(visual) == before
+
+
+def adapters(**options: Any) -> Callable[[nn.Module], Any]:
+    """Puts peft's adapters of these options into a tower; the result is the wrapper around it."""
+    peft = pytest.importorskip("peft", reason="peft, of the extra test, is not installed")
+    kind = getattr(peft, options.pop("kind", "LoraConfig"))
+    return lambda visual: peft.get_peft_model(visual, kind(**options))
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "LoRA on the MLP": {"target_modules": ["c_fc", "c_proj"]},
+    "LoRA on attention": {"target_modules": ["out_proj"]},
+    "LoRA on everything": {"target_modules": ["attn", "c_fc", "conv1"]},
+    "DoRA": {"target_modules": ["c_fc"], "use_dora": True},
+    "biases too": {"target_modules": ["c_fc"], "bias": "lora_only"},
+    "modules_to_save": {"target_modules": ["c_fc"], "modules_to_save": ["ln_post"]},
+    "IA3": {"kind": "IA3Config", "target_modules": ["c_fc"], "feedforward_modules": ["c_fc"]},
+    "LoHa": {"kind": "LoHaConfig", "target_modules": ["c_proj"]},
+}
+
+
+@pytest.mark.parametrize("patched", ["before", "after", "never"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_train_where_they_are_or_are_refused_by_name(kind: str, patched: str) -> None:
+    visual: Any = tower()
+    if patched == "before":
+        make_mask_aware(visual, 1)
+    wrapper = adapters(**ADAPTERS[kind])(visual)
+    if patched == "after" and "attention" not in kind and "everything" not in kind:
+        make_mask_aware(visual, 1)
+    by_peft = requires_grad(visual)
+    assert 0 < sum(by_peft.values()) < len(by_peft)
+    for freeze in [*ROWS, "paper", "released"]:
+        with pytest.raises(ValueError, match=r"not a CLIP ViT's own, such as .*\.default.*freeze='as_is'"):
+            trainable_parameters(visual, freeze)
+        assert requires_grad(visual) == by_peft
+    with pytest.raises(ValueError, match=r"get_base_model\(\)"):
+        trainable_parameters(wrapper)
+    trained = trainable_parameters(visual, "as_is")
+    assert requires_grad(visual) == by_peft
+    assert [id(p) for p in trained] == [id(p) for p in visual.parameters() if p.requires_grad]
+
+
+class HandMadeLoRA(nn.Module):
+    """As many repositories have it: no word in its names that a list of libraries would hold."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.down = nn.Linear(linear.in_features, 2, bias=False)
+        self.up = nn.Linear(2, linear.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.up(self.down(x))
+
+
+class LowRank(nn.Module):
+    """LoRA as a parametrization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(32, 16))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.weight
+
+
+def test_adapters_of_no_library_are_refused_as_well() -> None:
+    visual: Any = tower()
+    block = visual.transformer.resblocks[1]
+    block.mlp.c_fc = HandMadeLoRA(block.mlp.c_fc)
+    with pytest.raises(ValueError, match=r"4 parameters that are not.*resblocks\.1\.mlp\.c_fc\.linear\.weight"):
+        trainable_parameters(visual)
+    visual = tower()
+    parametrize.register_parametrization(visual.transformer.resblocks[0].mlp.c_fc, "weight", LowRank())
+    with pytest.raises(ValueError, match=r"1 parameters that are not.*c_fc\.parametrizations\.weight\.0\.weight"):
+        trainable_parameters(visual)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda module: prune.random_unstructured(module, "weight", 0.5),
+        lambda module: parametrizations.spectral_norm(module),
+        lambda module: parametrizations.weight_norm(module),
+    ],
+    ids=["pruning", "spectral norm", "weight norm"],
+)
+def test_a_computed_weight_trains_through_what_is_kept_of_it(wrap: Callable[[nn.Module], Any]) -> None:
+    visual: Any = tower()
+    plain = sum(p.numel() for p in trainable_parameters(visual))
+    block = visual.transformer.resblocks[0]
+    wrap(block.mlp.c_fc)
+    wrap(block.attn.out_proj)
+    gain = sum(p.numel() for p in block.attn.out_proj.parameters()) - 16 * 16 - 16  # weight norm's magnitudes
+    assert sum(p.numel() for p in trainable_parameters(visual)) == plain + gain
+    assert not any(p.requires_grad for p in block.mlp.parameters())
+    assert all(p.requires_grad for p in block.attn.parameters())
+
+
+def test_as_is_trains_what_requires_gradients() -> None:
+    resnet = ModifiedResNet((1, 1, 1, 1), 8, 2, 32, 4).requires_grad_(False)
+    with pytest.raises(ValueError, match="trains nothing: set requires_grad"):
+        trainable_parameters(resnet, "as_is")
+    resnet.attnpool.requires_grad_(True)
+    trained = trainable_parameters(resnet, "as_is")
+    assert [id(p) for p in trained] == [id(p) for p in resnet.attnpool.parameters()]

@@ -104,6 +104,14 @@ def test_empty_masks_have_finite_gradients() -> None:
     assert masks.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_iou_of_next_to_nothing_has_finite_gradients(dtype: torch.dtype) -> None:
+    for weight in (1e-7, 1e-18, 1e-30, 1e-38, 1e-40):
+        masks = torch.full((3, 4, 4), weight, dtype=dtype, requires_grad=True)
+        min_max_normalize(mask_iou(masks, weight * torch.rand(2, 4, 4))).sum().backward()
+        assert masks.grad is not None and masks.grad.isfinite().all(), weight
+
+
 @pytest.mark.parametrize(
     ("masks", "targets", "message"),
     [
@@ -144,6 +152,19 @@ def test_identical_proposals_are_not_told_apart_by_rounding() -> None:
     masks = torch.rand(1, 400, 400).repeat(33, 1, 1)
     iou = mask_iou(masks, torch.rand(3, 400, 400) > 0.7)
     assert torch.equal(min_max_normalize(iou), iou)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_rows_of_next_to_nothing_have_finite_gradients(dtype: torch.dtype) -> None:
+    for scale in (1e-3, 6e-8, 1e-18, 1e-20, 1e-38, 1e-44):
+        row = torch.tensor([[0.0, 1.0, 3.0, 2.0]]).double() * scale
+        iou = row.to(dtype).requires_grad_()
+        normalized = min_max_normalize(iou)
+        (normalized * torch.tensor([1.0, -2.0, 3.0, 5.0])).sum().backward()
+        assert normalized.dtype == torch.promote_types(dtype, torch.float32)
+        assert iou.grad is not None and iou.grad.isfinite().all() and normalized.isfinite().all(), scale
+        if scale in (1e-3, 1e-18) and dtype != torch.float16:
+            torch.testing.assert_close(normalized.detach(), (row / row.max()).to(normalized.dtype), atol=4e-3, rtol=0)
 
 
 def test_normalize_refuses_a_batch() -> None:
@@ -230,6 +251,23 @@ def test_saturated_scores_keep_loss_and_gradient_finite(kind: str) -> None:
     assert logits.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_score_that_a_dtype_holds_has_a_finite_gradient(kind: str, dtype: torch.dtype) -> None:
+    values = [0.0, 1.0, 6e-8, 1e-6, 1e-5, 1e-4, 0.3, 1 - 2**-11]
+    scores = torch.tensor(values).to(dtype)[:, None].requires_grad_()  # (N, C=1)
+    for target in (0.0, 1.0, 0.4):
+        loss = mask_aware_loss([scores], [torch.full((1, 8), target)], [torch.tensor([0])], kind)
+        (gradient,) = torch.autograd.grad(loss, scores)
+        assert loss.isfinite() and gradient.isfinite().all()
+        exact = scores.detach().double().requires_grad_()
+        expected = mask_aware_loss([exact], [torch.full((1, 8), target)], [torch.tensor([0])], kind)
+        (slope,) = torch.autograd.grad(expected, exact)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+        largest = torch.finfo(dtype).max
+        torch.testing.assert_close(gradient.double(), slope.clamp(-largest, largest), rtol=1e-2, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", [0, 4])
 def test_batch_without_classes_is_a_zero_attached_to_the_graph(kind: str, n: int) -> None:
@@ -257,6 +295,19 @@ def test_half_precision_scores_give_a_float32_loss_also_under_autocast(kind: str
         loss = mask_aware_loss(scores, iou, labels, kind)
     assert loss.dtype == torch.float32
     assert torch.equal(loss, mask_aware_loss(scores.float(), iou, labels, kind))
+
+
+INTEGERS = [
+    torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_labels_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    scores, iou, labels = torch.rand(1, 4, 3), [torch.rand(2, 4)], torch.tensor([2, 0])
+    assert torch.equal(mask_aware_loss(scores, iou, [labels.to(dtype)]), mask_aware_loss(scores, iou, [labels]))
+    with pytest.raises(ValueError, match=r"labels\[0\] must lie in 0..2, got \[2, 3\]"):
+        mask_aware_loss(scores, iou, [torch.tensor([2, 3]).to(dtype)])
 
 
 SCORES = torch.full((1, 4, 3), 1 / 3)
@@ -287,7 +338,7 @@ def test_mask_aware_loss_refuses(
         mask_aware_loss(scores, iou, labels, kind)
 
 
-@pytest.mark.parametrize("labels", [LABELS.float(), LABELS.bool(), [0, 2]])
+@pytest.mark.parametrize("labels", [LABELS.float(), LABELS.bool(), LABELS.to(torch.complex64), [0, 2], LABELS.numpy()])
 def test_labels_must_be_integer_tensors(labels: Tensor) -> None:
     with pytest.raises(TypeError, match=r"labels\[0\] must be a tensor of integer class indices"):
         mask_aware_loss(SCORES, [IOU], [labels])
@@ -301,6 +352,17 @@ def test_distillation_equals_numpy_and_leaves_the_teacher_alone() -> None:
     loss.backward()
     assert teacher.grad is None
     torch.testing.assert_close(student.grad, (student - teacher).detach() / 15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_distillation_of_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    student = torch.full((2, 3), 2.0**-9, dtype=dtype, requires_grad=True)  # squares that float16 rounds to 0
+    teacher = torch.full((2, 3), 2.0**-10)
+    loss = self_distillation_loss(student, teacher)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(0.5 * 2.0**-20, rel=1e-6)
+    loss.backward()
+    assert student.grad is not None and student.grad.dtype == dtype
 
 
 @pytest.mark.parametrize(
@@ -343,6 +405,10 @@ def test_module_sends_no_gradient_into_the_masks() -> None:
 def test_module_without_distillation_needs_no_teacher() -> None:
     losses = MAFTLoss(distillation_weight=0)(*ragged_batch())
     assert losses["self_distillation"].item() == 0
+
+
+def test_the_paper_s_kind_and_lambda_are_the_defaults() -> None:
+    assert (MAFTLoss().kind, MAFTLoss().distillation_weight) == ("smooth_l1", 1.0)
 
 
 def test_module_refuses() -> None:

@@ -87,7 +87,10 @@ def test_uncovered_pixels_are_misses_and_ignored_pixels_are_not_counted() -> Non
     assert prediction.tolist() == [[[0, 255, 255, 1, 0]]]
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int16, torch.int32, torch.int64],
+)
 def test_label_maps_of_any_integer_dtype(dtype: torch.dtype) -> None:
     prediction, target = (torch.from_numpy(x) for x in random_maps(0, ignore=255))
     metrics, same = SegmentationMetrics(8, [2, 3, 7]), SegmentationMetrics(8, [2, 3, 7])
@@ -95,6 +98,25 @@ def test_label_maps_of_any_integer_dtype(dtype: torch.dtype) -> None:
     metrics.update(prediction, target.to(dtype))
     same.update(prediction, target)
     np.testing.assert_equal(metrics.compute(), same.compute())
+
+
+def test_the_smallest_and_the_largest_of_16_bits() -> None:
+    """ADE20K-847 ignores 65535, and int8 has no 255: its ignore_index is negative."""
+    labels = torch.from_numpy(np.array([[[0, 1, 846, 65535]]], np.uint16))
+    metrics = SegmentationMetrics(847, unseen=[0], ignore_index=65535)
+    metrics.update(labels, labels)
+    assert metrics.compute()["iou"][846] == 100
+    small = SegmentationMetrics(100, unseen=[99], ignore_index=-1)
+    small.update(torch.tensor([[[-1, 99]]], dtype=torch.int8), torch.tensor([[[1, 99]]], dtype=torch.int8))
+    assert small.compute()["miou"] == 50
+
+
+def test_class_0_can_be_unseen() -> None:
+    metrics = SegmentationMetrics(2, unseen=[0])
+    metrics.update(torch.tensor([[[0, 1, 0, 1]]]), torch.tensor([[[0, 0, 1, 1]]]))
+    metrics.update(torch.tensor([[[0, 0]]]), torch.tensor([[[0, 0]]]))
+    scores = metrics.compute()
+    assert (scores["miou_unseen"], scores["miou_seen"]) == pytest.approx((60, 100 / 3))
 
 
 def test_no_unseen_classes() -> None:
@@ -115,9 +137,10 @@ MAP = torch.zeros(1, 2, 2, dtype=torch.long)
         (MAP[0], MAP[0], ValueError, r"\(B, H, W\)"),
         (MAP + 3, MAP, ValueError, r"prediction must lie in 0..2 or be 255 .*got \[3\]"),
         (MAP, MAP - 1, ValueError, r"target must lie in 0..2 or be 255 .*got \[-1\]"),
-        (MAP.float(), MAP, TypeError, "prediction must be an integer tensor.*float32"),
-        (MAP, MAP.bool(), TypeError, r"target must be an integer tensor.*bool"),
-        (MAP.numpy(), MAP, TypeError, "prediction must be an integer tensor.*ndarray"),
+        (MAP.float(), MAP, TypeError, "prediction must be a tensor of integer.*float32"),
+        (MAP, MAP.bool(), TypeError, r"target must be a tensor of integer.*bool"),
+        (MAP, MAP.to(torch.complex64), TypeError, r"target must be a tensor of integer.*complex64"),
+        (MAP.numpy(), MAP, TypeError, r"prediction must be a tensor of integer.*ndarray; .*torch\.from_numpy"),
     ],
 )
 def test_update_refuses_and_adds_nothing(
@@ -139,6 +162,7 @@ def test_update_refuses_and_adds_nothing(
         (3, [-1], 255, "distinct class indices"),
         (3, [1, 1], 255, "distinct class indices"),
         (3, [1], 2, "ignore_index outside"),
+        (3, [1], 0, "ignore_index outside"),
         (0, [], 255, "num_classes >= 1"),
     ],
 )

@@ -1,11 +1,14 @@
 """Proposals by merging superpixels."""
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from skimage.segmentation import felzenszwalb
 
+from maft_adapter.proposals import merging
 from maft_adapter.proposals.merging import propose_masks
 from maft_adapter.shapes.scenes import render_scene
 
@@ -58,6 +61,55 @@ def test_filters_only_leave_out_what_the_proposals_hold() -> None:
     assert min(mask.mean() for mask in kept) >= 0.03
 
 
+@pytest.mark.parametrize("scales", [(40.0,), (40.0, 120.0), (10.0, 40.0, 120.0)])
+def test_proposals_are_what_pixels_say(scales: tuple[float, ...]) -> None:
+    """All regions of the trees, and which of them remain, counted pixel by pixel."""
+    image = render_scene(7).image
+    everything = propose_masks(image, scales, most=10**6, max_iou=1.0, min_area=0.0)
+    superpixels = []
+    for scale in scales:
+        labels = felzenszwalb(image, scale=scale, sigma=0.8, min_size=96 * 96 // 400)
+        superpixels += [labels == k for k in range(labels.max() + 1)]
+    assert len(everything) == 2 * len(superpixels) - len(scales)
+    assert {mask.tobytes() for mask in superpixels} <= {mask.tobytes() for mask in everything}
+    kept: list[NDArray[np.bool_]] = []
+    for mask in everything:
+        if mask.mean() >= 0.02 and len(kept) < 25 and all(iou(mask, other) <= 0.5 for other in kept):
+            kept.append(mask)
+    assert np.array_equal(propose_masks(image, scales, most=25, max_iou=0.5, min_area=0.02), kept)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (2, 2), (64, 96), (4000, 4)])
+@pytest.mark.parametrize("options", [{}, {"min_contrast": 1.0}, {"min_area": 1.0}, {"most": 1}, {"max_iou": 0.0}])
+def test_a_picture_without_regions_is_one(shape: tuple[int, int], options: dict[str, Any]) -> None:
+    for value in (0, 255):
+        masks = propose_masks(np.full((*shape, 3), value, np.uint8), **options)
+        assert masks.shape == (1, *shape) and masks.all()
+    faint = (128 + np.random.default_rng(0).integers(0, 2, (*shape, 3))).astype(np.uint8)
+    masks = propose_masks(faint, scales=(300.0,), **options)
+    assert masks.dtype == bool and masks.shape[1:] == shape and masks[0].all()
+
+
+def test_large_pictures_are_divided_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "_MOST_PIXELS", 32 * 32)
+    scene = render_scene(5, size=32).image
+    masks = propose_masks(np.kron(scene, np.ones((3, 3, 1), np.uint8))[:95, :94])
+    small = propose_masks(scene)
+    assert len(masks) == len(small) > 5
+    for mask, expected in zip(masks, small, strict=True):
+        assert np.array_equal(mask, np.kron(expected, np.ones((3, 3), bool))[:95, :94])
+
+
+def test_memory_does_not_grow_with_the_number_of_regions() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (300, 300, 3)).astype(np.uint8)
+    tracemalloc.start()
+    masks = propose_masks(image, most=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert masks.shape == (1, 300, 300)
+    assert peak < 400 * 90_000 + 2**26  # bytes a pixel, and what the regions' overlaps need at the most
+
+
 def test_most_regions_of_the_world_are_covered() -> None:
     best = []
     for seed in range(6):
@@ -67,8 +119,27 @@ def test_most_regions_of_the_world_are_covered() -> None:
     assert np.mean(np.array(best) > 0.5) > 0.7
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_contrast": 1.5}, r"min_contrast is 1.5, expected a number in \[0, 1\]"),
+        ({"min_contrast": np.nan}, "min_contrast is nan"),
+        ({"min_area": 2}, "min_area is 2, expected"),
+        ({"max_iou": -0.1}, "max_iou is -0.1, expected"),
+        ({"most": 0}, "most is 0, expected at least 1"),
+        ({"scales": ()}, r"scales are \(\), expected at least one positive number"),
+        ({"scales": (40.0, 0.0)}, "scales are"),
+    ],
+)
+def test_numbers_out_of_their_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        propose_masks(np.zeros((8, 8, 3), np.uint8), **options)
+
+
 def test_other_input_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(H, W, 3\) uint8 RGB, got \(3, 8, 8\) uint8"):
+    with pytest.raises(ValueError, match=r"\(H, W, 3\) uint8 RGB .* got \(3, 8, 8\) uint8"):
         propose_masks(np.zeros((3, 8, 8), np.uint8))
+    with pytest.raises(ValueError, match=r"at least one pixel, got \(0, 8, 3\) uint8"):
+        propose_masks(np.zeros((0, 8, 3), np.uint8))
     with pytest.raises(ValueError, match="float64"):
         propose_masks(np.zeros((8, 8, 3)))  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """Pictures: what is drawn where, from figure objects alone."""
 
+import io
 from typing import Any
 
 import matplotlib._pylab_helpers
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from numpy.typing import NDArray
 
 from maft_adapter.show import OTHER, PALETTE, UNLABELLED, colorize, label_maps, overlay, typical_proposals
@@ -66,6 +68,30 @@ def test_overlay_takes_soft_masks() -> None:
 def test_overlay_refuses(image: Any, mask: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         overlay(image, mask)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fade": 3.0}, r"fade is 3.0, expected a number in \[0, 1\]"),
+        ({"fade": np.nan}, "fade is nan"),
+        ({"color": (0, 300, 0)}, r"in \[0, 255\], got \(0, 300, 0\)"),
+        ({"color": (0, 0)}, r"\(red, green, blue\)"),
+    ],
+)
+def test_overlay_refuses_options_out_of_their_range(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        overlay(picture(), np.ones((12, 16)), **options)
+
+
+def test_colorize_refuses_what_is_no_colour() -> None:
+    with pytest.raises(ValueError, match=r"got \(0, -1, 0\)"):
+        colorize([[0]], {0: (0, -1, 0)})
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64, np.int8, np.int16, np.int32, np.int64])
+def test_label_maps_of_every_integer_dtype(dtype: Any) -> None:
+    assert colorize(np.array([[0, 7]], dtype), {7: (1, 2, 3)}).tolist() == [[list(OTHER), [1, 2, 3]]]
 
 
 def test_colorize_looks_every_label_up() -> None:
@@ -161,6 +187,39 @@ def test_typical_proposals_shows_the_five_best_and_marks_the_correct_ones() -> N
 def test_typical_proposals_refuses(scores: Any, correct: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         typical_proposals(picture(), np.ones((1, 12, 16)), scores, ["a", "b", "c"], correct, ["all"])
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(np.nan, "nan"), (3.0, "to 3: pass logits through softmax, and divide percentages by 100"), (-0.1, "from -0.1")],
+)
+def test_typical_proposals_shows_probabilities_only(value: float, message: str) -> None:
+    scores = {"CLIP": np.full((1, 2), 0.5), "ours": np.array([[0.5, value]])}
+    with pytest.raises(ValueError, match=rf"scores of 'ours' must be probabilities in \[0, 1\].*{message}"):
+        typical_proposals(picture(), np.ones((1, 12, 16)), scores, ["a", "b"], [[0]], ["all"])
+
+
+@pytest.mark.parametrize("wrong", [2, -1])
+def test_typical_proposals_refuses_correct_classes_without_a_name(wrong: int) -> None:
+    with pytest.raises(ValueError, match=rf"indices in 0..1, got \[{wrong}\]"):
+        typical_proposals(picture(), np.ones((1, 12, 16)), {"CLIP": [[0.5, 0.5]]}, ["a", "b"], [[wrong]], ["all"])
+
+
+NAMES = ["$5 bill, $10 bill", "_hidden", "a_b^c", r"$\frac{1", "back\\slash", "100 % {}", "$x^2$", "#&~"]
+
+
+def test_names_are_shown_letter_by_letter() -> None:
+    truth = np.arange(8).repeat(16).reshape(8, 16)
+    maps = label_maps([picture(8, 16)], {"$truth$": [truth]}, NAMES)
+    assert [name for name, _ in legend_of(maps)] == NAMES
+    proposals = typical_proposals(
+        picture(), np.ones((2, 12, 16)), {"$m_1$": np.eye(8)[[0, 3]]}, NAMES, [[0], [3]], ["$t$", "_"]
+    )
+    for figure in (maps, proposals):
+        figure.savefig(io.BytesIO(), format="png")  # where mathtext is parsed
+        shown = [text for text in figure.findobj(Text) if isinstance(text, Text) and text.get_text() in NAMES]
+        assert len(shown) >= 8
+        assert not any(text.get_parse_math() for text in shown)
 
 
 def test_figures_stay_out_of_pyplot() -> None:

@@ -23,7 +23,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -33,6 +32,7 @@ from ..adapt import make_mask_aware, valid_masks
 from ..baselines import encode_crops
 from ..checkpoint import replace_file
 from ..classify import class_scores, label_map, text_classifier
+from ..extras import extra
 from ..finetune import Sample, finetune
 from ..losses import MAFTLoss
 from ..macs import count_macs
@@ -41,6 +41,9 @@ from ..proposals.merging import propose_masks
 from .clip import load_clip, preprocess, tokenize
 from .report import SCORES, TITLES, curves_figure, report_page, table
 from .scenes import CLASSES, SEEN, THINGS, UNSEEN, Scene, render_scene
+
+with extra("demo"):
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,14 @@ import statistics
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
+from ..extras import extra
 from .scenes import CLASSES, SEEN, UNSEEN
+
+with extra("demo"):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 TITLES = {
     "frozen_mask_crop": "frozen CLIP, mask & crop",

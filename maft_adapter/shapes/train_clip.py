@@ -24,11 +24,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics.functional.classification import multilabel_average_precision
 
 from ..checkpoint import save_weights
+from ..extras import extra
 from .clip import WEIGHTS, create_clip, preprocess, tokenize
 from .scenes import CLASSES, COLORS, THINGS, Scene, caption, named_classes, render_scene
+
+with extra("demo"):
+    from torchmetrics.functional.classification import multilabel_average_precision
 
 TRAIN, VALIDATION = 1_000_000, 2_000_000  # first entries of the scenes' seeds, far from those of the demo
 SINGLE_EVERY = 3  # every third scene shows a single thing
