@@ -208,8 +208,11 @@ def test_the_defaults_are_the_paper_s(build: Any) -> None:
 class Node(dict[str, Any]):
     """The part of detectron2's CfgNode that is used; as there, a file may name declared keys only."""
 
-    __getattr__ = dict.__getitem__
-    __setattr__ = dict.__setitem__
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
 
     def merge_from_file(self, path: Any) -> None:
         self.merge(json.loads(Path(path).read_text(encoding="utf-8")), "")
