@@ -1,6 +1,7 @@
 """Stage 2 on stand-ins of a host and of detectron2; tests/hosts runs the same in the real train_net.py."""
 
 import copy
+import importlib
 import json
 import pickle
 import sys
@@ -182,6 +183,15 @@ def test_the_teacher_of_a_tower_that_gives_more_than_the_embedding(build: Any) -
     losses = prepared(model).train()(inputs())
     assert losses == expected
     assert losses["loss_self_distillation"] < 1e-12  # student and teacher are the same still
+
+
+def test_a_tower_in_half_precision_trains_in_float32(build: Any) -> None:
+    model = build()
+    visual(model).half()
+    prepared(model)
+    for tower in (visual(model), model.stage2.teacher):
+        assert all(parameter.dtype == torch.float32 for parameter in tower.parameters())
+    assert not any(parameter.requires_grad for parameter in model.stage2.teacher.parameters())
 
 
 def test_a_resnet_is_refused(build: Any) -> None:
@@ -370,6 +380,12 @@ def test_no_weights_at_all_are_refused(architectures: Registry, config: Any, tra
 
 
 def test_a_trained_host_without_clip_trains(architectures: Registry, config: Any, build: Any) -> None:
+    def with_clip_in_the_head(cfg: Any) -> Any:
+        model = build()
+        model.sem_seg_head.clip_model = nn.Linear(1, 1)  # where ZegFormer has it
+        return model
+
+    architectures["ZeroShotMaskFormer"] = with_clip_in_the_head
     model = built(architectures, config())
     model.load_state_dict(generator_of(build), strict=False)
     assert model.train()(inputs()).keys() == {"loss_mask_aware", "loss_self_distillation"}
@@ -427,3 +443,27 @@ def test_a_tower_file_of_other_settings_or_none(
         )
     with pytest.raises(ValueError, match=r"MODEL\.MAFT\.TOWER is no\.pth, which is no file"):
         built(architectures, config(TOWER="no.pth"))
+
+
+# What the READMEs say.
+
+
+@pytest.fixture
+def readmes() -> list[str]:
+    modules = [
+        importlib.import_module(f"maft_adapter.integrations.{host}") for host in ("zegformer", "zsseg", "freeseg")
+    ]
+    return [Path(str(module.__file__)).with_name("README.md").read_text(encoding="utf-8") for module in modules]
+
+
+def test_the_table_of_differences_is_one(readmes: list[str]) -> None:
+    title = "## Where the defaults differ from the authors' code\n"
+    tables = {readme.partition(title)[2].partition("\n## ")[0] for readme in readmes}
+    assert len(tables) == 1
+    assert tables.pop().count("\n| ") == 10  # nine differences and their heading
+
+
+def test_the_tables_of_keys_name_all(readmes: list[str]) -> None:
+    for readme in readmes:
+        row = "".join(line for line in readme.splitlines() if line.startswith("| `MODEL.MAFT."))
+        assert all(f"{key}`" in row for key in stage2.OPTIONS)

@@ -464,6 +464,7 @@ def test_wrong_models_are_refused_and_stay(
     "settings, message",
     [
         ({"start_layer": 4}, "start_layer is 4"),
+        ({}, "start_layer is 8"),  # the default, of 3
         ({"start_layer": 1, "size": 0}, "size is 0, expected a multiple of the patch size 32"),
         ({"start_layer": 1, "size": 500}, "size is 500, expected a multiple of the patch size 32"),
     ],
