@@ -1,5 +1,6 @@
 """Stand-ins for ZSSeg and FreeSeg, with the hosts' names, signatures, shapes and order of calls, and their oracle."""
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -21,9 +23,14 @@ Array = npt.NDArray[np.float64]
 
 
 class Clip(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, resnet: bool = False) -> None:
         super().__init__()
-        self.visual = VisionTransformer(32, 8, 32, 3, 4, mlp_ratio=2.0, output_dim=DIM)
+        self.size = 64 if resnet else 32
+        self.visual: Any = (
+            ModifiedResNet([1, 1, 1, 1], DIM, 4, 64, width=4)
+            if resnet
+            else VisionTransformer(32, 8, 32, 3, 4, mlp_ratio=2.0, output_dim=DIM)
+        )
 
 
 class MaskFormerClipAdapter(nn.Module):
@@ -32,9 +39,9 @@ class MaskFormerClipAdapter(nn.Module):
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(self, with_tasks: bool, mask_thr: float = 0.5) -> None:
+    def __init__(self, with_tasks: bool, mask_thr: float = 0.5, resnet: bool = False) -> None:
         super().__init__()
-        self.clip_model, self.with_tasks, self.mask_thr = Clip(), with_tasks, mask_thr
+        self.clip_model, self.with_tasks, self.mask_thr = Clip(resnet), with_tasks, mask_thr
         self.prompts = nn.Parameter(torch.randn(3, len(CLASSES), DIM))  # one set of class embeddings a task
         self.non_object_embedding = nn.Parameter(torch.randn(1, DIM))
         self.register_buffer("pixel_mean", torch.tensor([120.0, 110.0, 100.0]).reshape(1, 3, 1, 1))
@@ -59,7 +66,7 @@ class MaskFormerClipAdapter(nn.Module):
         regions = image.type(mask.dtype) * inside[valid, None]  # (n, 3, h, w)
         if normalize:
             regions = (regions - self.pixel_mean) / self.pixel_std
-        return F.interpolate(regions, size=(32, 32), mode="bicubic"), valid
+        return F.interpolate(regions, size=(self.clip_model.size,) * 2, mode="bicubic"), valid
 
     def get_image_features(self, image: Tensor) -> Tensor:
         features = self.clip_model.visual(image)
@@ -75,6 +82,15 @@ class MaskFormerClipAdapter(nn.Module):
 
     def normalize_feature(self, feat: Tensor) -> Tensor:
         return feat / feat.norm(dim=-1, keepdim=True)
+
+
+class Backbone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.scale * F.avg_pool2d(images, 4)
 
 
 class Head(nn.Module):
@@ -99,12 +115,19 @@ class MaskFormer(nn.Module):
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(self, with_tasks: bool, weight: float = 0.8, mask_thr: float = 0.5, two_clips: bool = False) -> None:
+    def __init__(
+        self,
+        with_tasks: bool,
+        weight: float = 0.8,
+        mask_thr: float = 0.5,
+        two_clips: bool = False,
+        resnet: bool = False,
+    ) -> None:
         super().__init__()
         self.with_tasks, self.align_corners, self.size_divisibility = with_tasks, with_tasks, 32
-        self.backbone, self.sem_seg_head = nn.AvgPool2d(4), Head(with_tasks)
-        self.clip_adapter = MaskFormerClipAdapter(with_tasks, mask_thr)
-        self._region_clip_adapter = MaskFormerClipAdapter(with_tasks, mask_thr) if two_clips else None
+        self.backbone, self.sem_seg_head = Backbone(), Head(with_tasks)
+        self.clip_adapter = MaskFormerClipAdapter(with_tasks, mask_thr, resnet)
+        self._region_clip_adapter = MaskFormerClipAdapter(with_tasks, mask_thr, resnet) if two_clips else None
         self.clip_ensemble, self.clip_ensemble_weight = True, weight
         if with_tasks:
             self.task_names = [SEMANTIC, INSTANCE, PANOPTIC]
@@ -228,8 +251,7 @@ def oracle(model: Any, image: Tensor, dataset: str, task: str, start_layer: int,
 
     pixels = F.pad((image - region.pixel_mean[0]) / region.pixel_std[0], (0, right, 0, below))[None]
     pixels = F.interpolate(pixels, (size, size), mode="bilinear", align_corners=False)
-    tower = make_mask_aware(Clip().visual.eval(), start_layer, threshold=region.mask_thr)
-    tower.load_state_dict(region.clip_model.visual.state_dict())
+    tower = make_mask_aware(copy.deepcopy(region.clip_model.visual), start_layer, threshold=region.mask_thr)
     features = array(tower(pixels, F.pad(masks, (0, right, 0, below))))[0]  # (N, D)
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     a_c = softmax(100 * (features @ text[region].T)[:, :-1])  # (N, K)

@@ -70,7 +70,8 @@ def test_training_reads_the_semantic_ground_truth_and_prompts(build: Any) -> Non
     with torch.no_grad():
         batch = HOST.training_batch(model, inputs(key="sem_instances"))
     adapter = model._region_clip_adapter
-    assert torch.equal(batch.text, nn.functional.normalize(adapter.prompts[0], dim=-1))
+    # FreeSeg trains these prompts, never the separate adapter's, and --eval-only copies them over those.
+    assert torch.equal(batch.text, nn.functional.normalize(model.clip_adapter.prompts[0], dim=-1))
     assert batch.logit_scale == 100
     assert [label.tolist() for label in batch.labels] == [[0, 2], [3]]
     logits = 4 * model.sem_seg_head.masks(
@@ -80,6 +81,13 @@ def test_training_reads_the_semantic_ground_truth_and_prompts(build: Any) -> Non
     assert torch.equal(batch.masks, expected)
     sum(model(inputs(key="sem_instances")).values()).backward()
     assert visual(model).proj.grad is not None
+
+
+def test_the_defaults_are_the_paper_s(build: Any) -> None:
+    with pytest.raises(ValueError, match="start_layer is 8"):  # of 3
+        patch(build())
+    model = patch(build(), start_layer=1)
+    assert (model.clip_adapter.clip_input.size, model.clip_adapter.clip_input.keep_aspect_ratio) == (480, False)
 
 
 def test_another_host(build: Any) -> None:

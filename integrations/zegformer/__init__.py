@@ -6,6 +6,7 @@ generator, A^c those of CLIP.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -52,8 +53,8 @@ def patch(model: Any, start_layer: int = 8, size: int = 480, keep_aspect_ratio: 
 
     Raises:
         TypeError: another host's model, or a parallel wrapper.
-        ValueError: no CLIP is attached, both ensembles are set, an unsupported tower or start layer, or a size that the
-            patch size does not divide. Nothing has been changed then.
+        ValueError: no CLIP is attached or it is a ResNet, both ensembles are set, an unsupported tower or start layer,
+            or a size that the patch size does not divide. Nothing has been changed then.
     """
     check_host(model, "zegformer")
     patched = isinstance(model, _MaskAwareZegFormer)
@@ -68,6 +69,11 @@ def patch(model: Any, start_layer: int = 8, size: int = 480, keep_aspect_ratio: 
     if model.ensembling and model.ensembling_all_cls:
         raise ValueError("ENSEMBLING and ENSEMBLING_ALL_CLS are both set; ZegFormer takes one of them or none")
     tower = visual(model)
+    if not hasattr(tower, "class_embedding"):
+        raise ValueError(
+            f"CLIP is a {type(tower).__name__}, with which ZegFormer's own classifier does not run either; build it "
+            "with a ViT in MODEL.SEM_SEG_HEAD.CLIP_PRETRAINED"
+        )
     clip_input = ClipInput(model.size_divisibility, clip_patch_size(tower), size, keep_aspect_ratio)
     make_mask_aware(tower, start_layer)
     if not patched:
@@ -84,7 +90,9 @@ def unpatch(model: Any) -> Any:
     Weights stay what they are, and what stage 2 froze stays frozen. It made them float32, which the host's own
     classifier refuses: its `mask_former.third_party.model.convert_weights(clip_model)` brings float16 back.
 
-    Raises TypeError on another host's model, ValueError if the model is not patched.
+    Raises:
+        TypeError: another host's model.
+        ValueError: the model is not patched.
     """
     check_host(model, "zegformer")
     if not isinstance(model, _MaskAwareZegFormer):
@@ -101,9 +109,15 @@ def visual(model: Any) -> Any:
     return model.sem_seg_head.predictor.clip_model.visual
 
 
-def add_maft_config(cfg: Any) -> None:
-    """The alternative to the launcher, for those who edit train_net.py: call it after `cfg.merge_from_file(...)`."""
-    _add_maft_config(cfg, HOST)
+def add_maft_config(cfg: Any, config_file: str | os.PathLike[str] | None = None) -> None:
+    """The alternative to the launcher, for those who edit train_net.py.
+
+    Args:
+        cfg: the host's, with its own keys declared; changed in place.
+        config_file: put this call in place of `cfg.merge_from_file(config_file)`. Without it `cfg` is taken as merged
+            already, which does not work with a config.yaml that stage 2 has written.
+    """
+    _add_maft_config(cfg, HOST, config_file)
 
 
 class _MaskAwareZegFormer(MaskAware):

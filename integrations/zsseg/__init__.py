@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from maft_adapter.checkpoint import load_visual
@@ -39,7 +40,11 @@ def patch(model: Any, start_layer: int = 8, size: int = 480, keep_aspect_ratio: 
 def unpatch(model: Any) -> Any:
     """Undo `patch`, and stage 2 where it was prepared: the outputs are bit-identical to before. Returns `model`.
 
-    What stage 2 froze stays frozen. Raises TypeError on another host's model, ValueError if the model is not patched.
+    What stage 2 froze stays frozen.
+
+    Raises:
+        TypeError: another host's model.
+        ValueError: the model is not patched.
     """
     return unpatch_regions(model, "zsseg")
 
@@ -49,9 +54,15 @@ def visual(model: Any) -> Any:
     return model.region_clip_adapter.clip_model.visual
 
 
-def add_maft_config(cfg: Any) -> None:
-    """The alternative to the launcher, for those who edit train_net.py: call it after `cfg.merge_from_file(...)`."""
-    _add_maft_config(cfg, HOST)
+def add_maft_config(cfg: Any, config_file: str | os.PathLike[str] | None = None) -> None:
+    """The alternative to the launcher, for those who edit train_net.py.
+
+    Args:
+        cfg: the host's, with its own keys declared; changed in place.
+        config_file: put this call in place of `cfg.merge_from_file(config_file)`. Without it `cfg` is taken as merged
+            already, which does not work with a config.yaml that stage 2 has written.
+    """
+    _add_maft_config(cfg, HOST, config_file)
 
 
 def _training_batch(model: Any, batched_inputs: list[dict[str, Any]]) -> TrainingBatch:

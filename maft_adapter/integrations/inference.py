@@ -19,11 +19,14 @@ from ..towers.base import MaskAware, restore_class, swap_class
 
 
 def check_host(model: Any, expected: str) -> None:
-    """Raise TypeError unless `model` is the built model of the host `expected`, by what it holds, not by its name.
+    """Refuse anything but the built model of the host `expected`, by what it holds, not by its name.
 
     Args:
         model: what the host's `build_model(cfg)` returned.
         expected: "zegformer", "zsseg" or "freeseg".
+
+    Raises:
+        TypeError: another host's model, none at all, or a parallel wrapper around one.
     """
     name = type(model).__name__
     if isinstance(getattr(model, "module", None), nn.Module):
@@ -49,7 +52,8 @@ class ClipInput:
         divisor: the host's `size_divisibility`; 0 and 1 pad to the largest image only.
         patch_size: of the tower; `size` must be a multiple of it.
 
-    Raises ValueError if `size` is no positive multiple of `patch_size`.
+    Raises:
+        ValueError: `size` is no positive multiple of `patch_size`.
 
     Example:
         >>> ClipInput(divisor=32, patch_size=16)([torch.zeros(3, 100, 200)]).shape
@@ -67,7 +71,10 @@ class ClipInput:
         if self.size <= 0 or self.size % self.patch_size:
             size, patch = self.size, self.patch_size
             nearest = max(1, round(size / patch)) * patch
-            raise ValueError(f"size is {size}, expected a multiple of the patch size {patch}; take {nearest}")
+            raise ValueError(
+                f"size is {size}, expected a multiple of the patch size {patch}; take {nearest} "
+                "(MODEL.MAFT.SIZE for train_net.py)"
+            )
 
     def __call__(self, images: Sequence[Tensor]) -> Tensor:
         """Images (3, h, w), normalised as CLIP's -> (B, 3, H, W), bilinear as the authors resize."""

@@ -11,7 +11,7 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..adapt import is_mask_aware
+from ..checkpoint import load_visual
 from ..classify import class_scores
 from ..freezing import trainable_parameters
 from ..losses import MAFTLoss
@@ -31,12 +32,16 @@ from ..towers.base import MaskAware, swap_class
 ITERATIONS = {"voc": 100, "coco": 1000, "ade20k": 5000}
 _DEFAULT_ITERATIONS = 1000
 
+# A fifth of the iterations: what a stop costs at the most, and five checkpoints on disk.
+_CHECKPOINTS = 5
+
 _USAGE = """\
 usage: python -m maft_adapter.integrations.{host} train_net.py --config-file FILE [options of train_net.py]
          MODEL.WEIGHTS TRAINED_HOST.pth [KEY VALUE ...]
 
 Runs the host's train_net.py with mask-aware fine-tuning in place of its losses, and evaluates with the mask-aware
-classifier. Keys of its own, with their defaults: {options}
+classifier; with --eval-only MODEL.MAFT.TOWER FILE, with the tower in that file. Keys of its own, with their defaults:
+{options}
 """
 OPTIONS: dict[str, Any] = {
     "START_LAYER": 8,
@@ -45,6 +50,7 @@ OPTIONS: dict[str, Any] = {
     "FREEZE": "paper",
     "LOSS": "smooth_l1",
     "DISTILLATION_WEIGHT": 1.0,
+    "TOWER": "",
 }
 
 
@@ -78,14 +84,14 @@ class Host:
         patch: `patch(model, start_layer=8, size=480, keep_aspect_ratio=False)`, called before anything else.
         visual: model -> the image tower that classifies proposals.
         training_batch: model and the host's list of input dicts -> `TrainingBatch`.
-        configure: sets in a config what stage 2 needs of the host.
+        configure: sets in a config what stage 2 needs of the host, if anything.
     """
 
     name: str
     patch: Callable[..., Any]
     visual: Callable[[Any], Any]
     training_batch: Callable[[Any, list[dict[str, Any]]], TrainingBatch]
-    configure: Callable[[Any], None] = lambda cfg: None
+    configure: Callable[[Any], None] | None = None
 
     @property
     def architecture(self) -> str:
@@ -93,13 +99,23 @@ class Host:
         return f"MAFT_{self.name}"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stage2:
-    """The state of a model in stage 2. It is no module, so the teacher stays out of checkpoints."""
+    """The state of a model in stage 2. It is no module, so the teacher stays out of checkpoints.
+
+    Attributes:
+        host: of the model.
+        loss: L_ma + lambda * L_dis.
+        teacher: the frozen tower.
+        tower: file of the tower to evaluate, read after each load of the host's weights; "" for the host's own.
+        trained: whether the host has its weights; a run of train_net.py loads them after the model was built.
+    """
 
     host: Host
     loss: MAFTLoss
     teacher: Any
+    tower: str = ""
+    trained: bool = True
 
 
 class MaskAwareTraining(MaskAware):
@@ -109,14 +125,23 @@ class MaskAwareTraining(MaskAware):
     stage2: Stage2
 
     def forward(self: Any, batched_inputs: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Any:
+        if not self.stage2.trained:
+            raise ValueError(f"no weights were loaded; {_needs(self.stage2.host)}")
         if not self.training:
             return super().forward(batched_inputs, *args, **kwargs)  # type: ignore[misc]
+        if self.stage2.tower:
+            raise ValueError(
+                f"MODEL.MAFT.TOWER is {self.stage2.tower}, a tower to evaluate; add --eval-only, or leave the key out: "
+                "stage 2 starts from the CLIP that the host loads"
+            )
         with torch.no_grad():
             batch = self.stage2.host.training_batch(self, batched_inputs)
         visual, teacher = self.stage2.host.visual(self), self.stage2.teacher.to(batch.images.device)
         embeddings, image = visual(batch.images, batch.masks, with_image=True)  # (B, N, D), (B, D)
         with torch.no_grad():
-            teacher_scores = class_scores(teacher(batch.images), batch.text, batch.logit_scale)  # (B, C)
+            # Not teacher(images): what that gives besides the embedding, or around it, is each tower's own.
+            _, frozen = teacher(batch.images, batch.masks[:, :0], with_image=True)  # (B, D)
+            teacher_scores = class_scores(frozen, batch.text, batch.logit_scale)  # (B, C)
         terms = self.stage2.loss(
             class_scores(embeddings, batch.text, batch.logit_scale),  # (B, N, C)
             batch.masks,
@@ -127,11 +152,43 @@ class MaskAwareTraining(MaskAware):
         )
         return {f"loss_{name}": term for name, term in terms.items()}
 
+    def load_state_dict(self: Any, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Refuse weights that leave a part of the proposal generator random, such as a backbone's."""
+        host = self.stage2.host
+        if any(name.startswith("IPCLIP.") for name in state_dict):
+            raise ValueError(
+                "these are weights of the authors' MAFT, whose fine-tuned tower (IPCLIP.) has no place in "
+                f"{host.name}; name the file in MODEL.MAFT.TOWER, and in MODEL.WEIGHTS a trained {host.name} model"
+            )
+        result = super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
+        generator = {
+            name
+            for name, _ in self.named_parameters()
+            if name.startswith(("backbone.", "sem_seg_head.")) and ".clip_model." not in name
+        }
+        missing = [name for name in result.missing_keys if name in generator]
+        if missing:
+            raise ValueError(
+                f"these weights lack {len(missing)} of the {len(generator)} parameters that make proposals, such as "
+                f"{missing[-1]}; {_needs(host)}"
+            )
+        if self.stage2.tower:
+            load_visual(host.visual(self), self.stage2.tower)
+        self.stage2.trained = True
+        return result
+
     def train(self: Any, mode: bool = True) -> Any:
         """Only this module's flag follows: dropout and running statistics of the frozen host stay in eval mode."""
         super().train(False)  # type: ignore[misc]
         self.training = mode
         return self
+
+
+def _needs(host: Host) -> str:
+    return (
+        f"stage 2 needs a trained {host.name} model: add MODEL.WEIGHTS path/to/model.pth to the command, or --resume "
+        "where OUTPUT_DIR has a last_checkpoint. A tower alone belongs in MODEL.MAFT.TOWER"
+    )
 
 
 def prepare(
@@ -151,11 +208,17 @@ def prepare(
 
     Raises:
         TypeError: the model is not patched.
-        ValueError: unknown `freeze` or `loss`, or a negative weight; the model is left as it was then.
+        ValueError: CLIP is a ResNet, unknown `freeze` or `loss`, or a negative weight; the model is left as it was
+            then.
     """
     visual = host.visual(model)
     if not is_mask_aware(visual):
         raise TypeError(f"{type(model).__name__} is not patched; call {host.name}.patch(model) first")
+    if hasattr(visual, "attnpool"):
+        raise ValueError(
+            f"CLIP is a ResNet ({type(visual).__name__}), and neither the paper nor its code says what trains there: "
+            "build the host with ViT-B/16 or ViT-L/14. To evaluate a ResNet, patch(model) alone is enough"
+        )
     losses = MAFTLoss(loss, distillation_weight)
     parameters = trainable_parameters(visual, freeze)
     visual.float()  # AdamW loses updates below float32
@@ -182,7 +245,7 @@ def region_batch(
 
     Args:
         model: patched.
-        batched_inputs: the host's.
+        batched_inputs: the host's list of input dicts.
         head: backbone features -> the head's outputs with `pred_masks` (B, N, h, w), logits.
         text: (C+1, D) the adapter's text features, the background last.
         ground_truth: the inputs' key of the ground truth of semantic segmentation.
@@ -206,24 +269,40 @@ def region_batch(
     )
 
 
-def add_maft_config(cfg: Any, host: Host) -> None:
-    """Turn a host's config, after `merge_from_file`, into one that builds, trains and evaluates mask-aware models.
+def add_maft_config(cfg: Any, host: Host, config_file: str | os.PathLike[str] | None = None) -> None:
+    """Turn a host's config into one that builds, trains and evaluates mask-aware models.
 
     Adds MODEL.MAFT (see `OPTIONS`), puts `host.architecture` before MODEL.META_ARCHITECTURE, and sets SOLVER's
-    BASE_LR and WEIGHT_DECAY 1e-5, IMS_PER_BATCH 16 and MAX_ITER for the training set: 100 for VOC, 1000 for
-    COCO-Stuff and what is unknown, 5000 for ADE20K. What follows, such as `merge_from_list(args.opts)`, overrides
-    them. A config that stage 2 has written is taken as it is.
+    BASE_LR and WEIGHT_DECAY 1e-5, IMS_PER_BATCH 16, WARMUP_ITERS 0, MAX_ITER for the training set: 100 for VOC, 1000
+    for COCO-Stuff and what is unknown, 5000 for ADE20K, and CHECKPOINT_PERIOD a fifth of it. What follows, such as
+    `merge_from_list(args.opts)`, overrides them. A config that stage 2 has written is taken as it is.
+
+    Args:
+        cfg: the host's, with its own keys declared.
+        host: the shim's `HOST`.
+        config_file: what `cfg.merge_from_file` would be given. It is merged between declaring MODEL.MAFT, which the
+            config.yaml of a stage 2 names, and setting the rest. Without it `cfg` is taken as merged already.
     """
     _declare(cfg, host)
+    if config_file is not None:
+        cfg.merge_from_file(config_file)
+    _set(cfg, host)
+
+
+def _set(cfg: Any, host: Host) -> None:
     if host.architecture == cfg.MODEL.META_ARCHITECTURE:
         return
     cfg.MODEL.MAFT.HOST_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE
     cfg.MODEL.META_ARCHITECTURE = host.architecture
-    host.configure(cfg)
+    if host.configure is not None:
+        host.configure(cfg)
     names = " ".join(cfg.DATASETS.TRAIN).lower()
+    iterations = next((n for part, n in ITERATIONS.items() if part in names), _DEFAULT_ITERATIONS)
     cfg.SOLVER.BASE_LR = cfg.SOLVER.WEIGHT_DECAY = 1e-5
     cfg.SOLVER.IMS_PER_BATCH = 16
-    cfg.SOLVER.MAX_ITER = next((n for part, n in ITERATIONS.items() if part in names), _DEFAULT_ITERATIONS)
+    cfg.SOLVER.WARMUP_ITERS = 0
+    cfg.SOLVER.MAX_ITER = iterations
+    cfg.SOLVER.CHECKPOINT_PERIOD = iterations // _CHECKPOINTS
 
 
 def _declare(cfg: Any, host: Host) -> None:
@@ -236,16 +315,13 @@ def _declare(cfg: Any, host: Host) -> None:
         return
 
     def build(cfg: Any) -> Any:
-        if cfg.MODEL.WEIGHTS.startswith("detectron2://"):
-            raise ValueError(
-                f"MODEL.WEIGHTS is {cfg.MODEL.WEIGHTS}, a backbone; stage 2 needs a trained {host.name} model: "
-                "add MODEL.WEIGHTS path/to/model.pth to the command"
-            )
+        _refuse_early(cfg, host)
         _register_ade20k_847(cfg)
         options = cfg.MODEL.MAFT
         model = META_ARCH_REGISTRY.get(options.HOST_ARCHITECTURE)(cfg)
         host.patch(model, options.START_LAYER, options.SIZE, options.KEEP_ASPECT_RATIO)
         prepare(model, host, options.FREEZE, options.LOSS, options.DISTILLATION_WEIGHT)
+        model.stage2.tower, model.stage2.trained = options.TOWER, False
         logging.getLogger("detectron2.maft").info(
             "mask-aware %s: %s, %d iterations of %d images, learning rate %g, weight decay %g",
             host.name, dict(options), cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR,
@@ -255,6 +331,17 @@ def _declare(cfg: Any, host: Host) -> None:
 
     build.__name__ = host.architecture
     META_ARCH_REGISTRY.register(build)
+
+
+def _refuse_early(cfg: Any, host: Host) -> None:
+    """What `load_state_dict` would refuse, or never see, before anything is downloaded or built."""
+    weights, options = cfg.MODEL.WEIGHTS, cfg.MODEL.MAFT
+    if options.TOWER and not os.path.isfile(options.TOWER):
+        raise ValueError(f"MODEL.MAFT.TOWER is {options.TOWER}, which is no file; give a tower's or a checkpoint's")
+    if os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
+        return  # with --resume, which a config does not know, that is loaded instead
+    if weights.startswith("detectron2://") or weights.endswith(".safetensors"):
+        raise ValueError(f"MODEL.WEIGHTS is {weights}, a backbone or a tower alone; {_needs(host)}")
 
 
 def _register_ade20k_847(cfg: Any) -> None:
@@ -283,7 +370,7 @@ def run_train_net(host_name: str, script: str, args: Any) -> Any:
     def merge_from_file(cfg: Any, *args: Any, **kwargs: Any) -> None:
         _declare(cfg, host)  # a config that stage 2 has written names MODEL.MAFT
         host_merge(cfg, *args, **kwargs)
-        add_maft_config(cfg, host)
+        _set(cfg, host)
 
     CfgNode.merge_from_file = merge_from_file
     try:

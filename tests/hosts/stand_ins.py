@@ -6,6 +6,7 @@
 import importlib
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -128,12 +129,15 @@ def write_voc(folder: Path, images: int = 4) -> None:
                 Image.fromarray(array).save(root / part / f"{name}.{suffix}")
 
 
-def write_clip(path: Path, width: int = 64, layers: int = 4, embed: int = 64) -> None:
-    """A small CLIP with random weights as a state_dict that the hosts' `clip.load(path)` reads; runs in a host."""
+def write_clip(path: Path, width: int = 64, layers: int | tuple[int, ...] = 4, embed: int = 64) -> None:
+    """A small CLIP with random weights as a state_dict that the hosts' `clip.load(path)` reads; runs in a host.
+
+    Four numbers of layers make a ResNet of it.
+    """
     import clip.model
 
     torch.manual_seed(0)
-    model = clip.model.CLIP(embed, 224, layers, width, 32, 77, 49408, width, 1, 2)
+    model = clip.model.CLIP(embed, 224, layers, width, 32, 77, 49408, 64, 1, 2)
     model.token_embedding.weight.data.mul_(20)  # else all names mean nearly the same
     torch.save(model.state_dict(), path)
 
@@ -301,6 +305,14 @@ def save_model(host: Host, path: Path) -> None:
     torch.save({"model": host.build_random().state_dict()}, path)
 
 
+def write_backbone(checkpoint: Path, path: Path) -> None:
+    """A backbone as detectron2's model zoo has it, R-101.pkl for one: arrays without the host's prefix."""
+    weights = {
+        name.removeprefix("backbone."): value.numpy() for name, value in read(checkpoint).items() if "backbone." in name
+    }
+    path.write_bytes(pickle.dumps({"model": weights, "__author__": "torchvision", "matching_heuristics": True}))
+
+
 def embed(host: Host, path: Path, image: Tensor) -> Tensor:
     """What the host's own tower makes of an image with the weights of a checkpoint."""
     tower = host.shim.visual(host.build())
@@ -310,10 +322,14 @@ def embed(host: Host, path: Path, image: Tensor) -> Tensor:
 
 
 def stage2(runner: HostRunner, host: Host, output: str, weights: Any, *flags: str) -> str:
-    """Two iterations, or an evaluation, through the real train_net.py; returns what it printed."""
+    """Two iterations, or an evaluation, through the real train_net.py; returns what it printed.
+
+    `weights` are MODEL.WEIGHTS; None leaves those that the configuration names.
+    """
     script, folder = f"{runner.paths[0]}/train_net.py", runner.folder / output
     tiny = ("SOLVER.MAX_ITER", 2, "SOLVER.IMS_PER_BATCH", 2, "MODEL.MAFT.START_LAYER", 2, "MODEL.MAFT.SIZE", 96)
-    options = (*host.options, *TINY_DATA, *tiny, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", folder)
+    given = () if weights is None else ("MODEL.WEIGHTS", weights)
+    options = (*host.options, *TINY_DATA, *tiny, *given, "OUTPUT_DIR", folder)
     module = f"maft_adapter.integrations.{host.name}"
     return runner.command("-m", module, script, "--config-file", host.config, *flags, *options)
 
@@ -328,6 +344,14 @@ def figures(output: str) -> dict[str, float]:
     """What the hosts' GeneralizedSemSegEvaluator printed last."""
     names = ("mIoU", "mIoU-base", "mIoU-unbase", "hIoU-base")
     return {name: float(re.findall(rf"'{name}': (?:np\.float64\()?([\d.naif]+)", output)[-1]) for name in names}
+
+
+def stop_after_one(folder: Path) -> None:
+    """Leave a finished run's folder as if it had been stopped after its first checkpoint."""
+    (folder / "model_final.pth").unlink()
+    (folder / "model_0000001.pth").unlink()
+    (folder / "metrics.json").unlink()
+    (folder / "last_checkpoint").write_text("model_0000000.pth", encoding="utf-8")
 
 
 def metrics(folder: Path) -> dict[str, Any]:

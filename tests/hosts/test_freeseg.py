@@ -125,6 +125,25 @@ def test_the_authors_checkpoint(runner: HostRunner, semantic: Host) -> None:
     assert all(torch.equal(value, expected[f"IPCLIP.{name}"]) for name, value in tower.items())
 
 
+def test_the_authors_checkpoint_is_evaluated(runner: HostRunner, semantic: Host, untrained: Path) -> None:
+    path = runner.folder / "maft.pth"
+    runner.call(save_as_authors, semantic, path)
+    output = stage2(runner, semantic.but("MODEL.MAFT.TOWER", path), "authors", untrained, "--eval-only")
+    assert all(value >= 0 for value in figures(output).values())
+    runner.call(move_tower, untrained, path, runner.folder / "moved.pth")
+    assert figures(stage2(runner, semantic, "moved", runner.folder / "moved.pth", "--eval-only")) == figures(output)
+    assert predictions(runner.folder / "moved") == predictions(runner.folder / "authors")
+    with pytest.raises(AssertionError, match=r"IPCLIP.*name the file in MODEL\.MAFT\.TOWER"):
+        stage2(runner, semantic, "refused", path, "--eval-only")
+
+
+def move_tower(checkpoint: Path, authors: Path, path: Path) -> None:
+    """A checkpoint of FreeSeg with the tower out of another's."""
+    visual = "clip_adapter.clip_model.visual."
+    tuned = {n.replace("IPCLIP.", visual): value for n, value in read(authors).items() if n.startswith("IPCLIP.")}
+    torch.save({"model": {**read(checkpoint), **tuned}}, path)
+
+
 def save_as_authors(host: Host, path: Path) -> None:
     adapter = host.build_random().clip_adapter.state_dict(prefix="clip_adapter.")
     visual = "clip_adapter.clip_model.visual."

@@ -256,6 +256,14 @@ def test_evaluation_is_mask_aware(zegformer: HostRunner, trained: str) -> None:
     assert results[0] == results[1] != results[2]
 
 
+def test_the_launcher_refuses_an_untrained_host(zegformer: HostRunner, untrained: Path) -> None:
+    """R-101.pkl is what its configurations with a ResNet-101 name."""
+    stand_ins.write_backbone(untrained, zegformer.folder / "R-101.pkl")
+    message = "these weights lack .* that make proposals.* stage 2 needs a trained zegformer model"
+    with pytest.raises(AssertionError, match=message):
+        stage2(zegformer, "refused", zegformer.folder / "R-101.pkl")
+
+
 def test_two_processes(zegformer: HostRunner, untrained: Path, trained: str) -> None:
     output = stage2(zegformer, "two", untrained, "--num-gpus", "2", "--dist-url", "auto")
     assert all(value >= 0 for value in figures(output).values())

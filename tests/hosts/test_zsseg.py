@@ -83,6 +83,7 @@ def test_the_paper_s_settings_are_the_defaults(runner: HostRunner, trained: str)
     config = (runner.folder / "one" / "config.yaml").read_text(encoding="utf-8")
     assert "BASE_LR: 1.0e-05" in config and "WEIGHT_DECAY: 1.0e-05" in config
     assert "DISTILLATION_WEIGHT: 1.0" in config and "META_ARCHITECTURE: MAFT_zsseg" in config
+    assert "CHECKPOINT_PERIOD: 20\n" in config and "WARMUP_ITERS: 0\n" in config
 
 
 def test_evaluation_is_mask_aware(runner: HostRunner, zsseg: Host, trained: str) -> None:
@@ -106,17 +107,22 @@ def test_a_config_that_stage_2_wrote(runner: HostRunner, trained: str) -> None:
 
 
 def test_two_lines_in_train_net_instead_of_the_launcher(runner: HostRunner, zsseg: Host, trained: str) -> None:
+    """With a configuration of ZSSeg, and with one that stage 2 has written."""
     script = Path(runner.paths[0], "train_net.py").read_text(encoding="utf-8")
-    merge = "    cfg.merge_from_file(args.config_file)\n"
+    merge = "cfg.merge_from_file(args.config_file)"
     assert script.count(merge) == 1
     edited = runner.folder / "train_net.py"
     imported = "from maft_adapter.integrations.zsseg import add_maft_config\n"
-    edited.write_text(imported + script.replace(merge, f"{merge}    add_maft_config(cfg)\n"), encoding="utf-8")
+    edited.write_text(imported + script.replace(merge, "add_maft_config(cfg, args.config_file)"), encoding="utf-8")
     weights = ("MODEL.WEIGHTS", runner.folder / "one" / "model_final.pth", "OUTPUT_DIR", runner.folder / "edited")
     maft = ("MODEL.MAFT.START_LAYER", 2, "MODEL.MAFT.SIZE", 96)
-    options = (*zsseg.options, *stand_ins.TINY_DATA, *maft, *weights)
-    assert figures(runner.command(edited, "--config-file", zsseg.config, "--eval-only", *options)) == figures(trained)
-    assert predictions(runner.folder / "edited") == predictions(runner.folder / "one")
+    for config, options in (
+        (zsseg.config, (*zsseg.options, *stand_ins.TINY_DATA, *maft)),
+        (runner.folder / "one" / "config.yaml", ()),
+    ):
+        output = runner.command(edited, "--config-file", config, "--eval-only", *options, *weights)
+        assert figures(output) == figures(trained)
+        assert predictions(runner.folder / "edited") == predictions(runner.folder / "one")
 
 
 def test_two_processes(runner: HostRunner, zsseg: Host, untrained: Path, trained: str) -> None:
@@ -136,9 +142,72 @@ def test_two_clips(runner: HostRunner, zsseg: Host) -> None:
     assert changed and all(name.startswith("_region_clip_adapter.clip_model.visual.") for name in changed)
 
 
-def test_the_launcher_refuses_an_untrained_host(runner: HostRunner, zsseg: Host) -> None:
-    with pytest.raises(AssertionError, match="stage 2 needs a trained zsseg model"):
-        stage2(runner, zsseg, "refused", "detectron2://ImageNetPretrained/torchvision/R-50.pkl")
+def test_the_launcher_refuses_an_untrained_host(runner: HostRunner, zsseg: Host, untrained: Path) -> None:
+    stand_ins.write_backbone(untrained, runner.folder / "R-103.pkl")
+    needs = "stage 2 needs a trained zsseg model"
+    for weights, message in (
+        ("detectron2://ImageNetPretrained/torchvision/R-50.pkl", f"a backbone or a tower alone; {needs}"),
+        (runner.folder / "R-103.pkl", f"these weights lack .* that make proposals.*; {needs}"),
+        ("", f"no weights were loaded; {needs}"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            stage2(runner, zsseg, "refused", weights)
+    with pytest.raises(AssertionError, match="these weights lack"):
+        stage2(runner, zsseg, "refused", runner.folder / "R-103.pkl", "--eval-only")
+
+
+def test_going_on_after_a_stop(runner: HostRunner, zsseg: Host, untrained: Path) -> None:
+    """Without MODEL.WEIGHTS: the configuration names a backbone, which is not read."""
+    host, folder = zsseg.but("SOLVER.CHECKPOINT_PERIOD", 1), runner.folder / "stopped"
+    stage2(runner, host, "stopped", untrained)
+    stand_ins.stop_after_one(folder)
+    first = read(folder / "model_0000000.pth")
+    output = stage2(runner, host, "stopped", None, "--resume")
+    assert "Starting training from iteration 1" in output
+    assert metrics(folder)["loss_self_distillation"] > 0  # the teacher is CLIP, not the tower so far
+    last = read(folder / "model_final.pth")
+    assert last.keys() == first.keys() and any(not torch.equal(last[name], first[name]) for name in last)
+    assert figures(stage2(runner, host, "stopped", None, "--eval-only", "--resume")) == figures(output)
+
+
+def test_a_tower_file_is_evaluated(runner: HostRunner, zsseg: Host, untrained: Path, trained: str) -> None:
+    """The host is that of stage 1, whose checkpoint has a CLIP of its own."""
+    tower = runner.folder / "tower.safetensors"
+    runner.call(save_tower, zsseg, runner.folder / "one" / "model_final.pth", tower)
+    host = zsseg.but("MODEL.MAFT.TOWER", tower)
+    assert figures(stage2(runner, host, "tower", untrained, "--eval-only")) == figures(trained)
+    assert predictions(runner.folder / "tower") == predictions(runner.folder / "one")
+    with pytest.raises(AssertionError, match="a tower to evaluate; add --eval-only"):
+        stage2(runner, host, "refused", untrained)
+    with pytest.raises(AssertionError, match=r"A tower alone belongs in MODEL\.MAFT\.TOWER"):
+        stage2(runner, zsseg, "refused", tower, "--eval-only")
+
+
+def save_tower(host: Host, checkpoint: Path, path: Path) -> None:
+    from maft_adapter.checkpoint import save_mask_aware
+
+    tower = host.shim.visual(host.shim.patch(host.build(), start_layer=2, size=96))
+    host.shim.load_visual(tower, checkpoint)
+    save_mask_aware(tower, path)
+
+
+def test_a_resnet(runner: HostRunner, zsseg: Host) -> None:
+    runner.call(stand_ins.write_clip, runner.folder / "resnet.pt", 16, (1, 1, 1, 1))
+    host = zsseg.but("MODEL.CLIP_ADAPTER.CLIP_MODEL_NAME", str(runner.folder / "resnet.pt"))
+    runner.call(patch_a_resnet, host)
+
+
+def patch_a_resnet(host: Host) -> None:
+    from maft_adapter.integrations.stage2 import prepare
+
+    model = host.build_random()
+    before = host.segment(model)
+    host.shim.patch(model, size=96)
+    patched = host.segment(model)
+    assert patched[0].isfinite().all() and not torch.allclose(before[0], patched[0], atol=1e-6)
+    with pytest.raises(ValueError, match=r"CLIP is a ResNet \(ModifiedResNet\)"):
+        prepare(model, host.shim.HOST)
+    assert stand_ins.equal(before, host.segment(host.shim.unpatch(model)))
 
 
 def test_export(runner: HostRunner, zsseg: Host, trained: str) -> None:
