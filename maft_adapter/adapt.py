@@ -189,9 +189,7 @@ def encode_image(clip_model: Any, images: Tensor | ImageFeatures, normalize: boo
 
 
 @overload
-def encode_masks(
-    clip_model: Any, images: Tensor | ImageFeatures, masks: Tensor, normalize: bool = False
-) -> Tensor: ...
+def encode_masks(clip_model: Any, images: Tensor | ImageFeatures, masks: Tensor, normalize: bool = False) -> Tensor: ...
 @overload
 def encode_masks(
     clip_model: Any, images: Tensor | ImageFeatures, masks: Sequence[Tensor], normalize: bool = False
@@ -289,9 +287,9 @@ def valid_masks(visual: Any, images: Tensor | ImageFeatures, masks: Tensor) -> T
     if not is_mask_aware(visual):
         raise TypeError(f"{type(visual).__name__} is not mask-aware; call make_mask_aware on it first")
     check_masks(masks, batch=len(images))
-    kept = isinstance(images, ImageFeatures)
-    grid, seen = (images.grid, images.seen) if kept else (visual.token_grid(images), visual.seen(images))
-    return visual.valid_masks(masks, grid, seen)
+    if isinstance(images, ImageFeatures):
+        return visual.valid_masks(masks, images.grid, images.seen)
+    return visual.valid_masks(masks, visual.token_grid(images), visual.seen(images))
 
 
 def _tower(clip_model: Any) -> Any:

@@ -103,10 +103,12 @@ class ImageFeatures:
         if not torch.compiler.is_compiling():
             again = "call encode_features again"
             if self._tower() is not tower:
-                raise ValueError(f"these features are of another {self._name}, not of this tower; {again} with this one")
+                raise ValueError(
+                    f"these features are of another {self._name}, not of this tower; {again} with this one"
+                )
             if self._settings != (now := _settings(tower)):
                 raise ValueError(f"features were made with {self._settings}, the tower now has {now}; {again}")
-            if not _same(self._weights, _weights(tower)):
+            if not _same(self._weights, _weights(tower))  # type: ignore[arg-type]:
                 raise ValueError(f"the weights of {self._name} have changed since these features were made; {again}")
             if self.device != self._device:
                 raise ValueError(f"features are on {self.device}, made on {self._device}; call .to({self._device})")

@@ -43,7 +43,7 @@ def random_qkv() -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def split(*tensors: Tensor) -> list[Tensor]:
+def split(*tensors: Tensor) -> Any:
     """Class tokens of all of them, then patches of all but the first, as `class_attention` takes q, k and v."""
     keys, values = (x[:, :, N:] for x in tensors[1:])
     return [x[:, :, :N] for x in tensors] + [pad(keys, (0, 0, 1, 0)), values]

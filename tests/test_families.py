@@ -26,7 +26,6 @@ from zoo import (
     snapshot,
     timm_tower,
     timm_vit,
-    transformers_tower,
 )
 
 from maft_adapter import (

@@ -110,7 +110,9 @@ class _TimmViTTower(PoolingTimmViT, _AverageTower):
         return features
 
     def _head(self: Any, means: Tensor) -> Tensor:
-        return self._pool_image((means.flatten(0, 1)[:, None],), (1, 1)).unflatten(0, means.shape[:2])  # each its own patch
+        return self._pool_image((means.flatten(0, 1)[:, None],), (1, 1)).unflatten(
+            0, means.shape[:2]
+        )  # each its own patch
 
 
 class _TimmMapTower(PoolingTimm, _AverageTower):

@@ -72,7 +72,7 @@ class ClipBlock(ProposalBlock):
     ATTENTION_OPTIONAL = ("in_proj_bias",)
 
     def _project(self: Any, x: Tensor, rope: Any, first: int = 0) -> tuple[Any, Tensor, Tensor]:
-        return (None,) * first + project(self.ln_1(x), projections(self.attn), first, 3)
+        return (None,) * first + project(self.ln_1(x), projections(self.attn), first, 3)  # type: ignore[return-value]
 
     def _finish(self: Any, x: Tensor, attended: Tensor) -> Tensor:
         ls_1, ls_2 = getattr(self, "ls_1", _identity), getattr(self, "ls_2", _identity)
@@ -137,7 +137,7 @@ class TransformersBlock(ProposalBlock):
         attn, y = self.self_attn, self.layer_norm1(x)
         layers = (attn.q_proj, attn.k_proj, attn.v_proj)[first:]
         parts = (rearrange(layer(y), "b t (h d) -> b h t d", h=attn.num_heads) for layer in layers)
-        return (*(None,) * first, *parts)  # type: ignore[return-value]
+        return (*(None,) * first, *parts)
 
     def _finish(self: Any, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.self_attn.out_proj(rearrange(attended, "b h t d -> b t (h d)"))
@@ -222,7 +222,9 @@ def _kind(block: nn.Module) -> Any:
     return tuple(
         (name, type(module), *(f"{key} {value}" for key, value in vars(module).items() if _plain(value)))
         for name, module in block.named_modules()
-        if not name.endswith(("drop_path1", "drop_path2"))  # whose rate grows with the depth and is nothing in eval mode
+        if not name.endswith(
+            ("drop_path1", "drop_path2")
+        )  # whose rate grows with the depth and is nothing in eval mode
     )
 
 
