@@ -41,9 +41,9 @@ def make_mask_aware(
     the default again.
 
     With masks, the blocks of a class-token tower are called one by one, from the start layer on twice: with the patch
-    tokens, which gives (patches, keys, values), and with the class tokens. Hooks on them fire each time. Modules that are
-    computed around instead, the containers of the blocks and each block's attention, refuse masks while they have
-    forward hooks or methods of their own.
+    tokens, which gives (patches, keys, values), and with the class tokens. Hooks on them fire each time. Modules that
+    are computed around instead, the containers of the blocks and each block's attention, refuse masks while they
+    have     forward hooks or methods of their own.
 
     Blocks are proven before anything is changed: what this library computes from a block's parts has to equal what the
     block itself computes, on a few random tokens.

@@ -124,7 +124,7 @@ def _settings(tower: Any) -> dict[str, Any]:
     return {name: getattr(tower, name) for name in tower.settings}
 
 
-def _weights(tower: nn.Module) -> tuple[list[Any], Tensor | None]:
+def _weights(tower: Any) -> tuple[list[Any], Tensor | None]:
     """What tells one state of the tower's parts and weights from another, without reading them all."""
     marks: list[Any] = [type(module) for module in tower.modules()]
     samples = []

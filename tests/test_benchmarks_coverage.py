@@ -121,13 +121,13 @@ def test_family_that_ignores_its_masks_fails(
 
 
 def test_masks_upside_down_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(average, "mean_weights", lambda masks, grid: mean_weights(1 - masks, grid))
+    monkeypatch.setattr(average, "mean_weights", lambda masks, grid, seen: mean_weights(1 - masks, grid, seen))
     row = coverage.cover("convnext_tiny")
     assert row["reason"].startswith("a change outside the mask moves its embedding as much as one under it")
 
 
 def test_tower_that_embeds_masks_but_no_images_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = class_token._ClassTokenTower.encode
+    encode = class_token._ClassTokenTower._features
 
     def blind(self: Any, images: Tensor, masks: Tensor, grid: tuple[int, int], with_image: bool) -> Any:
         embeddings = encode(self, torch.zeros_like(images), masks, grid, False)

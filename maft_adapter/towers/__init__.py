@@ -1,4 +1,4 @@
-"""Families of image towers, one module each: `recognise(visual)`, then `check` and `patch`, of (visual, start_layer)."""
+"""Families of image towers, one module each: `recognise`, then `check` and `patch`, of (visual, start_layer)."""
 
 from . import attention_pool, average, class_token, learned_query
 

@@ -210,8 +210,8 @@ def refuse_own_methods(module: Any, where: str) -> None:
     own = [name for name in vars(module) if callable(getattr(type(module), name, None))]
     if own:
         raise ValueError(
-            f"{where} ({type(module).__name__}) has its own {', '.join(own)} set on the instance, as accelerate's prepare "
-            "and offload hooks do; call make_mask_aware before them, or remove them"
+            f"{where} ({type(module).__name__}) has its own {', '.join(own)} set on the instance, as accelerate's "
+            "prepare and offload hooks do; call make_mask_aware before them, or remove them"
         )
 
 

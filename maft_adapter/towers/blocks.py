@@ -43,7 +43,7 @@ class ProposalBlock(MaskAware):
         asked: tuple[Tensor, Tensor, Tensor] | None = None,
         **options: Any,
     ) -> Any:
-        """See the class; x is (B, T, width). Nobody reads the patches after the `last` block: they come back as given."""
+        """See the class; x is (B, T, width). Nobody reads patches after the `last` block: they come back as given."""
         if keep:
             q, k, v = self._project(x, options.get("rope"), first=int(last))  # (B, heads, hw, d) each
             patches = x if last else self._finish(x, F.scaled_dot_product_attention(q, k, v))  # (B, hw, width)
