@@ -108,7 +108,7 @@ class ImageFeatures:
                 )
             if self._settings != (now := _settings(tower)):
                 raise ValueError(f"features were made with {self._settings}, the tower now has {now}; {again}")
-            if not _same(self._weights, _weights(tower))  # type: ignore[arg-type]:
+            if not _same(self._weights, _weights(tower)):
                 raise ValueError(f"the weights of {self._name} have changed since these features were made; {again}")
             if self.device != self._device:
                 raise ValueError(f"features are on {self.device}, made on {self._device}; call .to({self._device})")
