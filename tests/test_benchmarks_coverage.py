@@ -127,14 +127,12 @@ def test_masks_upside_down_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tower_that_embeds_masks_but_no_images_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = class_token._ClassTokenTower._features
+    ask = class_token._ClassTokenTower._ask
 
-    def blind(self: Any, images: Tensor) -> tuple[Tensor, ...]:
-        return encode(self, torch.zeros_like(images))
+    def blind(self: Any, features: tuple[Tensor, ...], *on: Any) -> Tensor:
+        return ask(self, tuple(torch.zeros_like(tensor) for tensor in features), *on)
 
-    monkeypatch.setattr(class_token._ClassTokenTower, "_features", blind)
-    monkeypatch.setattr(class_token._ClassTokenTower, "_pool_image", lambda self, features, grid: self.plain(images[0]))
-    images: list[Tensor] = []
+    monkeypatch.setattr(class_token._ClassTokenTower, "_ask", blind)
     row = coverage.cover("ViT-B-32")
     assert row["reason"].startswith("a change under the mask does not move its embedding")
 
