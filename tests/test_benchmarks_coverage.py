@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from maft_adapter.masks import mean_weights
-from maft_adapter.towers import attention_pool, average, class_token, learned_query
+from maft_adapter.towers import attention_pool, average, base, class_token, learned_query
 from maft_adapter.towers.base import MaskAwareTower
 
 coverage: Any = pytest.importorskip("benchmarks.coverage", reason="benchmarks/ lies beside tests/ in a checkout only")
