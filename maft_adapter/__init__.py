@@ -4,8 +4,7 @@ Glossary: B images, N mask proposals an image, C classes, K ground-truth classes
 grid, H x W the mask's own size, D the embedding's width, L the start layer.
 """
 
-__version__ = "0.1.0"
-
+from ._version import __version__ as __version__
 from .adapt import encode_masks, encode_masks_and_image, is_mask_aware, make_mask_aware, restore, valid_masks
 from .checkpoint import load_mask_aware, save_mask_aware
 from .freezing import trainable_parameters
