@@ -354,12 +354,12 @@ def _encode(clip_model: Any, tokenizer: Any, prompts: list[str], device: torch.d
     if _of_transformers(tokenizer):
         # SigLIP's head is that of the last position, and was trained without an attention mask on padded texts.
         siglip = hasattr(clip_model, "text_model") and hasattr(clip_model.text_model, "head")
-        padding = "max_length" if siglip or hasattr(clip_model, "encode_text") else True
-        tokens = dict(
-            tokenizer(prompts, padding=padding, max_length=_context(clip_model), truncation=False, return_tensors="pt")
-        )
+        padded: dict[str, Any] = {"padding": True}
+        if siglip or hasattr(clip_model, "encode_text"):
+            padded = {"padding": "max_length", "max_length": _context(clip_model)}
+        tokens = dict(tokenizer(prompts, **padded, truncation=False, return_tensors="pt"))
         if siglip:
-            del tokens["attention_mask"]
+            tokens = {"input_ids": tokens["input_ids"]}
     else:
         tokens = {"input_ids": tokenizer(prompts)}
     tokens = {name: value.to(device) for name, value in tokens.items()}  # (P, context) each
