@@ -321,34 +321,29 @@ def _read(path: str | os.PathLike[str]) -> _File:
         raise ValueError(f"{path} is a folder; name the file in it that holds the weights, such as model.safetensors")
     with open(path, "rb") as opened:
         start = opened.read(512)
-    size = os.path.getsize(path)
+    is_safetensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= os.path.getsize(path) - 8
+    if not is_safetensors and start[:1] not in (b"P", b"\x80"):  # as zip archives and pickles begin
+        raise ValueError(f"{path} can't be read: {_foreign(start)}")
     try:
-        if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
+        if is_safetensors:
             return _read_safetensors(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-                if any(name.endswith("/constants.pkl") for name in names):
+                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                     return _read_torchscript(archive)
-                if not any(name.endswith("data.pkl") for name in names):
-                    raise ValueError(
-                        "it is a zip archive of other things; unpack it and name the file of weights in it"
-                    )
-        elif start[:1] not in (b"\x80", b"P"):
-            raise ValueError(_foreign(start))
         with open(path, "rb") as opened:  # given a path, torch goes by its suffix
             return _File(dict(_named_tensors(torch.load(opened, map_location="cpu", weights_only=True))))
     except pickle.UnpicklingError as error:
-        needed = re.search(r"GLOBAL (\S+)", str(error))
+        needed = re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(error))
         if needed is None:
-            raise ValueError(f"{path} can't be read: it is damaged, or no checkpoint ({error})") from error
+            raise ValueError(f"{path} can't be read; it is damaged, or no checkpoint: {error}") from error
         raise ValueError(
             f"{path} needs code to be run ({needed[1]}), which weights_only=True forbids. If you trust the file, write "
             'its tensors alone: torch.save(torch.load(path, weights_only=False)["state_dict"], new_path), with the '
             "name that they have in there, or with .state_dict() if it is a whole model"
         ) from error
     except Exception as error:  # of any kind, depending on which byte is damaged
-        raise ValueError(f"{path} can't be read: {str(error) or type(error).__name__}") from error
+        raise ValueError(f"{path} can't be read; it is damaged, or no checkpoint: {error!r}") from error
 
 
 def _foreign(start: bytes) -> str:
@@ -548,12 +543,12 @@ def _arithmetic(visual: nn.Module) -> dict[str, dict[str, str]]:
     """
     functions: dict[str, str] = {}
     numbers: dict[str, str] = {}
-    for path, module in visual.named_modules():
+    for path, module in visual.named_modules(remove_duplicate=False):
         # Hosts of the same weights name their activations differently (relu1, act1), so as a set.
         kinds = {_function(child) for child in module.children()} - {""}
         if kinds:
             functions[_unwrapped(path)] = ", ".join(sorted(kinds))
-        for name in _NUMBERS if module.state_dict() else ():
+        for name in () if _function(module) else _NUMBERS:
             value = vars(module).get(name)
             if isinstance(value, bool | int | float | str | tuple | list | dict):
                 plain = tuple(value) if isinstance(value, tuple) else value  # torch.Size has a name of its own
@@ -578,12 +573,12 @@ def _check_arithmetic(visual: nn.Module, file: _File, path: Any) -> None:
     own = _arithmetic(visual)
     saved = file.arithmetic or own  # files of the first version do not tell
     differ = {
-        f"{re.sub('[0-9]+', '*', name) or 'the tower'} has {there or 'nothing'} for {here or 'nothing'}"
+        f"{_any_block(name) or 'the tower'} has {there or 'nothing'} for {here or 'nothing'}"
         for name in (*saved["functions"], *own["functions"])
         if (there := saved["functions"].get(name)) != (here := own["functions"].get(name))
     }
     differ |= {
-        f"{re.sub('[0-9]+', '*', name)} {there} for {own['numbers'][name]}"
+        f"{_any_block(name)} {there} for {own['numbers'][name]}"
         for name, there in saved["numbers"].items()
         if own["numbers"].get(name, there) != there  # what only one version of a host keeps says nothing
     }
@@ -615,6 +610,10 @@ def _host_name(visual: nn.Module) -> str:
 def _unwrapped(name: str) -> str:
     """A weight's name without what compiling and other wrappers put into it."""
     return _WRAPPERS.sub("", name)
+
+
+def _any_block(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def _few(names: Iterable[str]) -> str:
