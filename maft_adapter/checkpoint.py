@@ -369,7 +369,9 @@ def _read_safetensors(path: str | os.PathLike[str]) -> _File:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
         metadata = file.metadata() or {}
     header, arithmetic = (json.loads(metadata.get(key, "null")) for key in (_KEY, _ARITHMETIC))
-    if header is not None and not {"version", "tower", "settings"} <= header.keys():
+    if header is not None and not ({"version", "tower"} <= header.keys() and isinstance(header["settings"], dict)):
+        raise ValueError("its metadata are not those that save_mask_aware writes")
+    if arithmetic is not None and not {"functions", "numbers"} <= arithmetic.keys():
         raise ValueError("its metadata are not those that save_mask_aware writes")
     return _File(dict(_named_tensors(tensors)), header, arithmetic)
 
@@ -514,7 +516,7 @@ def _fitting(visual: nn.Module, weights: Mapping[str, Tensor], what: str) -> dic
     first: dict[int, str] = {}
     for name, parameter in visual.named_parameters(remove_duplicate=False):
         twin = first.setdefault(id(parameter), name)
-        if not torch.equal(fitting[twin], fitting[name]):
+        if twin != name and not _equal(fitting[twin], fitting[name]):
             raise ValueError(f"{twin} and {name} are one weight in this {_host_name(visual)}, but differ in {what}")
     return fitting
 

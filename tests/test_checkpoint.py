@@ -456,6 +456,15 @@ def test_integers_are_no_weights(tmp_path: Path, dtype: torch.dtype) -> None:
     assert equal(state(tower), before)
 
 
+def test_weights_that_are_not_finite_stay_what_they_are(tmp_path: Path) -> None:
+    content = state(vit())
+    content["proj"].fill_(torch.nan)
+    torch.save(content, tmp_path / "tower.pt")
+    tower = vit()
+    load_visual(tower, tmp_path / "tower.pt")
+    assert tower.proj is not None and tower.proj.isnan().all()
+
+
 def test_other_floats_are_cast(tmp_path: Path) -> None:
     content = {name: value.half() for name, value in state(vit()).items()}
     torch.save(content, tmp_path / "tower.pt")
@@ -668,9 +677,13 @@ def test_folders_and_archives_and_pickles(tmp_path: Path) -> None:
             load_visual(vit(), tmp_path / "nothing.pt")
 
 
-@pytest.mark.parametrize("header", ["[]", "{}", "3", "not json", '{"version": "1", "tower": "x"}'])
-def test_damaged_settings(path: Path, header: str) -> None:
-    save_weights(vit(), path, {"maft_adapter": header})
+@pytest.mark.parametrize(
+    "header",
+    ["[]", "{}", "3", "not json", '{"version": "1", "tower": "x"}', '{"version": 1, "tower": 1, "settings": 1}'],
+)
+@pytest.mark.parametrize("key", ["maft_adapter", "maft_adapter.arithmetic"])
+def test_damaged_settings(path: Path, header: str, key: str) -> None:
+    save_weights(vit(), path, {key: header})
     with pytest.raises(ValueError, match=r"tower\.safetensors can't be read"):
         load_mask_aware(vit(), path)
 
