@@ -336,7 +336,7 @@ def _context(clip_model: Any) -> int:
     modules = clip_model.text_model.named_modules()
     position = next(m for name, m in modules if name.endswith(("position_embedding", "position_embeddings")))
     # RoBERTa's positions start behind that of the padding.
-    return position.num_embeddings - (0 if position.padding_idx is None else 0)
+    return position.num_embeddings - (0 if position.padding_idx is None else position.padding_idx + 1)
 
 
 def _token_rows(tokenizer: Any, texts: list[str]) -> list[tuple[int, ...]]:

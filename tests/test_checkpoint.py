@@ -569,6 +569,11 @@ def test_towers_of_transformers(tmp_path: Path, kind: str, file: str) -> None:
     place = "" if kind.endswith("Projection") else "vision_model."
     expected = whole.state_dict()
     assert all(torch.equal(value, expected[place + name]) for name, value in tower.state_dict().items())
+    alone = visual_weights(tmp_path / file)
+    assert all(
+        torch.equal(alone[name], expected[f"vision_model.{name}"]) for name in alone if "position_ids" not in name
+    )
+    assert "embeddings.patch_embedding.weight" in alone
 
 
 def test_a_part_that_the_tower_lacks_is_not_passed_over(tmp_path: Path) -> None:
