@@ -1,21 +1,37 @@
 """Checkpoints: what is written, what it loads into, and what is refused."""
 
+import argparse
 import json
+import os
+import pickle
 import re
+import signal
+import subprocess
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from open_clip import CLIP
 from open_clip.modified_resnet import ModifiedResNet
-from open_clip.transformer import VisionTransformer
+from open_clip.transformer import QuickGELU, VisionTransformer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
+from zoo import ZOO, OpenAIResNet, small_resnet, timm_vit, transformers_tower
 
 from maft_adapter import __version__, is_mask_aware, load_mask_aware, make_mask_aware, save_mask_aware
-from maft_adapter.checkpoint import load_visual, save_weights
+from maft_adapter.checkpoint import load_visual, replace_file, save_weights, visual_weights
 
 
 def vit(width: int = 32, **options: Any) -> VisionTransformer:
@@ -154,6 +170,29 @@ def test_a_failing_write_keeps_the_old_file(path: Path, monkeypatch: pytest.Monk
     assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+def test_parts_of_killed_runs_do_not_stay(path: Path) -> None:
+    program = f"""
+import os, signal
+from maft_adapter.checkpoint import replace_file
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+replace_file({str(path)!r}, b"new")
+"""
+    path.write_bytes(b"old")
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
+        assert path.read_bytes() == b"old" and len(list(path.parent.iterdir())) == 2
+    others = {
+        path.with_name(f"{path.name}.{os.getppid()}.part"),  # of a process that is still running
+        path.with_name(f"{path.name}.another-machine.999999999.part"),
+        path.with_name("other.safetensors.999999999.part"),
+    }
+    for other in others:
+        other.touch()
+    path.with_name(f"{path.name}.999999999.part").touch()  # as the first version called them
+    replace_file(path, b"new")
+    assert path.read_bytes() == b"new" and set(path.parent.iterdir()) == {path, *others}
+
+
 # Towers out of other checkpoints
 
 
@@ -182,12 +221,497 @@ def test_a_file_without_the_tower_or_of_another_changes_nothing(tmp_path: Path) 
     assert equal(state(other), before)
 
 
-def test_files_are_not_executed(tmp_path: Path) -> None:
+def test_files_are_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Malicious:
         def __reduce__(self) -> Any:
             return Path.touch, (tmp_path / "executed",)
 
-    torch.save({"IPCLIP.conv1.weight": Malicious()}, tmp_path / "maft.pt")
-    with pytest.raises(Exception, match=r"(?i)weights.only"):
-        load_visual(vit(), tmp_path / "maft.pt")
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # the default of torch must not matter
+    for legacy in (False, True):
+        torch.save(
+            {"IPCLIP.conv1.weight": Malicious()}, tmp_path / "maft.pt", _use_new_zipfile_serialization=not legacy
+        )
+        with pytest.raises(ValueError, match=r"maft\.pt needs code to be run \(.*\), which weights_only=True forbids"):
+            load_visual(vit(), tmp_path / "maft.pt")
+    with zipfile.ZipFile(tmp_path / "scripted.pt", "w") as archive:
+        archive.writestr("scripted/constants.pkl", pickle.dumps(()))
+        archive.writestr("scripted/data.pkl", pickle.dumps({"conv1.weight": Malicious()}))
+    with pytest.raises(ValueError, match="holds no CLIP image tower"):
+        load_visual(vit(), tmp_path / "scripted.pt")
     assert not (tmp_path / "executed").exists()
+
+
+# What is not in the weights
+
+
+def clip_tower(**options: Any) -> Any:
+    return transformers_tower("CLIPVisionModelWithProjection", **options)
+
+
+@pytest.mark.parametrize(
+    ("saved", "other", "message"),
+    [
+        (lambda: vit(act_layer=QuickGELU), vit, "transformer.resblocks.*.mlp has QuickGELU() for GELU()"),
+        (vit, lambda: vit(act_layer=lambda: nn.GELU("tanh")), "mlp has GELU() for GELU(approximate='tanh')"),
+        (vit, lambda: vit(act_layer=nn.Identity), "mlp has GELU() for nothing"),
+        (lambda: vit(act_layer=nn.Identity), vit, "mlp has nothing for GELU()"),
+        (vit, lambda: vit(heads=2), "transformer.resblocks.*.attn.num_heads 4 for 2"),
+        (vit, lambda: vit(norm_layer=lambda width: nn.LayerNorm(width, 1e-6)), "ln_1.eps 1e-05 for 1e-06"),
+        (vit, lambda: vit(pool_type="avg"), "pool_type tok for avg"),
+        (vit, lambda: vit(final_ln_after_pool=True), "final_ln_after_pool False for True"),
+        (lambda: vit(image_size=(32, 48)), lambda: vit(image_size=(48, 32)), "grid_size (4, 6) for (6, 4)"),
+        (small_resnet, lambda: ModifiedResNet([1, 1, 1, 1], 16, 8, 64, 8), "attnpool.num_heads 4 for 8"),
+        (lambda: clip_tower(hidden_act="gelu"), clip_tower, "mlp has GELU() for QuickGELU()"),
+        (lambda: clip_tower(layer_norm_eps=1e-6), clip_tower, "vision_model.pre_layrnorm.eps 1e-06 for 1e-05"),
+        (lambda: clip_tower(num_attention_heads=2), clip_tower, "self_attn.num_heads 2 for 4"),
+        (
+            lambda: timm_vit("vit_base_patch16_clip_quickgelu_224", "token"),
+            lambda: timm_vit("vit_base_patch16_clip_224", "token"),
+            "trunk.blocks.*.mlp has QuickGELU() for GELU()",
+        ),
+        (
+            lambda: timm_vit("eva02_base_patch16_clip_224", "token", None),
+            lambda: timm_vit("eva02_base_patch16_clip_224", "token", None, num_heads=2),
+            "attn.num_heads 4 for 2",
+        ),
+        (
+            lambda: timm_vit("eva02_base_patch16_clip_224", "token", None),
+            lambda: timm_vit("eva02_base_patch16_clip_224", "token", None, ref_feat_shape=(7, 7)),
+            "trunk.rope.ref_feat_shape (16, 16) for (7, 7)",
+        ),
+    ],
+)
+def test_a_tower_that_computes_otherwise_is_refused(path: Path, saved: Any, other: Any, message: str) -> None:
+    save_weights_of(saved(), path)
+    tower = other()
+    before = state(tower)
+    for load in (load_mask_aware, load_visual):
+        with pytest.raises(ValueError, match="computes otherwise than this") as refusal:
+            load(tower, path)
+        assert message in str(refusal.value) and str(path) in str(refusal.value)
+    assert equal(state(tower), before) and not is_mask_aware(tower)
+
+
+def save_weights_of(tower: Any, path: Path) -> None:
+    has_start_layer = "attnpool" not in dict(tower.named_children()) and getattr(tower, "pool_type", "") != "avg"
+    save_mask_aware(make_mask_aware(tower, start_layer=1) if has_start_layer else make_mask_aware(tower), path)
+
+
+def test_files_that_do_not_tell_still_load(path: Path) -> None:
+    quick = make_mask_aware(vit(act_layer=QuickGELU), 1)
+    names = {"start_layer": 1, "interpolation": "maft", "threshold": 0.5}
+    header = {"version": "0.1.0", "tower": "VisionTransformer", "settings": names}
+    save_weights(quick, path, {"maft_adapter": json.dumps(header)})
+    assert equal(state(load_mask_aware(vit(), path)), state(quick))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ZOO)
+def test_every_tower_takes_its_own_file(path: Path, name: str) -> None:
+    kind = ZOO[name]
+    tower = make_mask_aware(kind.build().eval(), **kind.settings)
+    save_mask_aware(tower, path)
+    images, masks = torch.randn(1, 3, *kind.size), torch.rand(1, 2, *kind.size)
+    expected = tower(images, masks)
+    assert torch.equal(load_mask_aware(kind.build().eval(), path)(images, masks), expected)
+    for other in (kind.build().eval(), make_mask_aware(kind.build().eval(), **kind.settings)):
+        load_visual(other, path)
+        assert equal(state(other), state(tower))
+
+
+@pytest.mark.parametrize("build", [OpenAIResNet, lambda: OpenAIResNet(one_relu=True)])
+def test_names_of_activations_do_not_matter(path: Path, build: Any) -> None:
+    save_mask_aware(make_mask_aware(build()), path)
+    other = small_resnet()
+    load_mask_aware(other, path)
+    assert equal(state(other), load_file(path))
+
+
+def test_the_scaling_of_lora_is_known(path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapted(alpha: int) -> Any:
+        config = peft.LoraConfig(r=2, lora_alpha=alpha, target_modules=["c_fc"])
+        return peft.inject_adapter_in_model(config, vit())
+
+    save_mask_aware(make_mask_aware(adapted(4), 1), path)
+    assert equal(state(load_mask_aware(adapted(4), path)), load_file(path))
+    with pytest.raises(ValueError, match=r"c_fc\.scaling {'default': 2\.0} for {'default': 4\.0}"):
+        load_mask_aware(adapted(8), path)
+    with pytest.raises(ValueError, match=r"has besides .*merge LoRA into the weights"):
+        load_visual(vit(), path)
+
+
+# Weights that are not plain
+
+
+@torch.no_grad()
+def test_tied_weights(path: Path) -> None:
+    def tied() -> Any:
+        tower = vit()
+        tower.transformer.resblocks[1].mlp = tower.transformer.resblocks[0].mlp
+        return tower
+
+    tower = make_mask_aware(tied(), 1)
+    save_mask_aware(tower, path)
+    images, masks = torch.randn(1, 3, 32, 32), torch.rand(1, 2, 32, 32)
+    for other in (tied(), vit()):
+        assert torch.equal(load_mask_aware(other, path)(images, masks), tower(images, masks))
+    save_mask_aware(make_mask_aware(vit(), 1), path)
+    with pytest.raises(ValueError, match=r"are one weight in this VisionTransformer, but differ in"):
+        load_visual(tied(), path)
+
+
+def quantized() -> Any:
+    tower = make_mask_aware(vit(), 1)
+    return torch.ao.quantization.quantize_dynamic(tower, {nn.Linear}, dtype=torch.qint8)
+
+
+def on_meta() -> Any:
+    with torch.device("meta"):
+        return make_mask_aware(vit(), 1)
+
+
+def sparse() -> Any:
+    tower = make_mask_aware(vit(), 1)
+    tower.proj = nn.Parameter(tower.proj.detach().to_sparse())
+    return tower
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (quantized, r"mlp\.c_fc\._packed_params.* not a plain tensor: quantize after saving and loading"),
+        (on_meta, r"class_embedding is on the meta device and has no values"),
+        (sparse, r"proj is sparse: call \.to_dense\(\)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_weights_that_can_not_be_saved(path: Path, build: Any, message: str) -> None:
+    path.write_bytes(b"the last good checkpoint")
+    with pytest.raises(ValueError, match=f"VisionTransformer can't be saved: .*{message}"):
+        save_mask_aware(build(), path)
+    assert path.read_bytes() == b"the last good checkpoint"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantized_tower_takes_no_weights(path: Path) -> None:
+    save_mask_aware(make_mask_aware(vit(), 1), path)
+    with pytest.raises(ValueError, match=r"this VisionTransformer can't be loaded into: .* not a plain tensor"):
+        load_visual(quantized(), path)
+
+
+def test_sharded_towers_are_refused(path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}.store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        tower = make_mask_aware(vit(), 1)
+        save_mask_aware(tower, path)
+        tower.proj = nn.Parameter(distribute_tensor(tower.proj.detach(), mesh))
+        before = path.read_bytes()
+        with pytest.raises(ValueError, match=r"can't be saved: proj is sharded \(DTensor\): gather it first"):
+            save_mask_aware(tower, path)
+        with pytest.raises(ValueError, match=r"can't be loaded into: proj is sharded .*load before sharding"):
+            load_mask_aware(tower, path)
+        assert path.read_bytes() == before
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("load", [load_mask_aware, load_visual])
+def test_a_tower_on_the_meta_device_gets_the_weights(path: Path, load: Any) -> None:
+    tower = make_mask_aware(vit(), 1)
+    save_mask_aware(tower, path)
+    other = on_meta().bfloat16()
+    load(other, path)
+    assert {parameter.dtype for parameter in other.parameters()} == {torch.bfloat16}
+    assert equal(state(other), {name: value.bfloat16() for name, value in state(tower).items()})
+    assert all(parameter.requires_grad for parameter in other.parameters())
+
+
+def test_meta_towers_that_would_stay_without_values(path: Path) -> None:
+    save_mask_aware(make_mask_aware(clip_tower(), 1), path)
+    with torch.device("meta"):
+        tower = clip_tower()
+    with pytest.raises(ValueError, match=r"position_ids on the meta device, which no checkpoint holds"):
+        load_mask_aware(tower, path)
+    offloaded = on_meta()
+    offloaded.conv1._hf_hook = object()
+    save_mask_aware(make_mask_aware(vit(), 1), path)
+    with pytest.raises(ValueError, match="offloaded, and its hooks would undo loading: load before that"):
+        load_mask_aware(offloaded, path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
+def test_integers_are_no_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+    content = state(vit())
+    content["transformer.resblocks.1.mlp.c_fc.weight"] = torch.ones(64, 32, dtype=dtype)
+    torch.save(content, tmp_path / "tower.pt")
+    tower = vit()
+    before = state(tower)
+    message = rf"in another kind of number transformer\.resblocks\.1\.mlp\.c_fc\.weight {dtype} for torch\.float32"
+    with pytest.raises(ValueError, match=message):
+        load_visual(tower, tmp_path / "tower.pt")
+    assert equal(state(tower), before)
+
+
+def test_weights_that_are_not_finite_stay_what_they_are(tmp_path: Path) -> None:
+    content = state(vit())
+    content["proj"].fill_(torch.nan)
+    torch.save(content, tmp_path / "tower.pt")
+    tower = vit()
+    load_visual(tower, tmp_path / "tower.pt")
+    assert tower.proj is not None and tower.proj.isnan().all()
+
+
+def test_other_floats_are_cast(tmp_path: Path) -> None:
+    content = {name: value.half() for name, value in state(vit()).items()}
+    torch.save(content, tmp_path / "tower.pt")
+    tower = vit()
+    load_visual(tower, tmp_path / "tower.pt")
+    assert equal(state(tower), {name: value.float() for name, value in content.items()})
+
+
+# Checkpoints as people have them
+
+
+def small_clip(**options: Any) -> Any:
+    return CLIP(
+        embed_dim=16,
+        vision_cfg={"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "head_width": 8, "mlp_ratio": 2.0},
+        text_cfg={"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 3},
+        **options,
+    ).eval()
+
+
+def prefixed(prefix: str, content: dict[str, Any]) -> dict[str, Any]:
+    return {prefix + name: value for name, value in content.items()}
+
+
+WRAPPED: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "alone": lambda clip: clip,
+    "ordered": OrderedDict,
+    "ddp": lambda clip: {
+        "epoch": 3,
+        "name": "run",
+        "state_dict": prefixed("module.", clip),
+        "optimizer": {"state": {}},
+    },
+    "name": lambda clip: {"model": "ViT-B-16", "state_dict": clip},
+    "model_state_dict": lambda clip: {"model_state_dict": clip, "optimizer_state_dict": {"state": {0: torch.ones(2)}}},
+    "ema": lambda clip: {"ema": prefixed("module.", clip)},
+    "lightning": lambda clip: {"state_dict": prefixed("net.clip.", clip), "hyper_parameters": {"lr": 1e-5}},
+    "maft+": lambda clip: {"model": prefixed("backbone.clip_model.", clip)},
+    "compiled": lambda clip: prefixed("_orig_mod.", clip),
+    "compiled tower": lambda clip: {n.replace("visual.", "visual._orig_mod."): v for n, v in clip.items()},
+    "compiled blocks": lambda clip: {re.sub(r"(resblocks\.\d+\.)", r"\1_orig_mod.", n): v for n, v in clip.items()},
+    "peft": lambda clip: prefixed("base_model.model.", clip),
+    "parameters": lambda clip: {name: nn.Parameter(value) for name, value in clip.items()},
+}
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors", "bin"])
+@pytest.mark.parametrize("wrapped", WRAPPED)
+def test_checkpoints_of_training_scripts(tmp_path: Path, wrapped: str, suffix: str) -> None:
+    clip = small_clip()
+    torch.save(WRAPPED[wrapped](state(clip)), tmp_path / f"clip.{suffix}")
+    tower = vit()
+    load_visual(tower, tmp_path / f"clip.{suffix}")
+    assert equal(state(tower), state(clip.visual))
+    assert equal(visual_weights(tmp_path / f"clip.{suffix}"), state(clip.visual))
+
+
+def test_safetensors_of_any_name(tmp_path: Path) -> None:
+    save_file(state(small_clip()), tmp_path / "clip.pt")
+    assert len(visual_weights(tmp_path / "clip.pt")) == len(state(vit()))
+
+
+def test_towers_inside_other_wrappers(tmp_path: Path) -> None:
+    torch.save(state(vit()), tmp_path / "tower.pt")
+    for wrap in (torch.compile, nn.DataParallel):
+        tower = vit()
+        wrapped: Any = wrap(tower)
+        load_visual(wrapped, tmp_path / "tower.pt")
+        assert equal(state(tower), visual_weights(tmp_path / "tower.pt"))
+
+
+def test_towers_of_timm(tmp_path: Path) -> None:
+    def build() -> Any:
+        return timm_vit("vit_base_patch16_siglip_224", "map", "none")
+
+    tower = build()
+    torch.save(prefixed("visual.", state(tower)), tmp_path / "clip.pt")
+    torch.save(state(tower.trunk), tmp_path / "bare.pt")
+    for name in ("clip.pt", "bare.pt"):
+        other = build()
+        load_visual(other, tmp_path / name)
+        assert equal(state(other), state(tower))
+    assert equal(visual_weights(tmp_path / "clip.pt"), state(tower))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("kind", ["CLIPVisionModelWithProjection", "CLIPVisionModel", "SiglipVisionModel"])
+def test_towers_of_transformers(tmp_path: Path, kind: str, file: str) -> None:
+    tower = transformers_tower(kind)
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    names = ("SiglipConfig", "SiglipModel") if kind.startswith("Siglip") else ("CLIPConfig", "CLIPModel")
+    config, model = (getattr(transformers, name) for name in names)
+    projection = {} if kind.startswith("Siglip") else {"projection_dim": 16}
+    whole = model(config(text_config=text, vision_config=tower.config.to_dict(), **projection))
+    if file == "model.safetensors":
+        whole.save_pretrained(tmp_path)
+    else:
+        # as versions before 4.31 wrote them
+        ids = {f"{part}.embeddings.position_ids": torch.arange(17)[None] for part in ("vision_model", "text_model")}
+        torch.save({**whole.state_dict(), **ids}, tmp_path / file)
+    load_visual(tower, tmp_path / file)
+    place = "" if kind.endswith("Projection") else "vision_model."
+    expected = whole.state_dict()
+    assert all(torch.equal(value, expected[place + name]) for name, value in tower.state_dict().items())
+    alone = visual_weights(tmp_path / file)
+    assert all(
+        torch.equal(alone[name], expected[f"vision_model.{name}"]) for name in alone if "position_ids" not in name
+    )
+    assert "embeddings.patch_embedding.weight" in alone
+
+
+def test_a_part_that_the_tower_lacks_is_not_passed_over(tmp_path: Path) -> None:
+    torch.save(prefixed("visual.", {**state(vit()), "ln_extra.weight": torch.ones(32)}), tmp_path / "clip.pt")
+    with pytest.raises(ValueError, match=r"it has besides ln_extra\.weight"):
+        load_visual(vit(), tmp_path / "clip.pt")
+    save_mask_aware(make_mask_aware(clip_tower(), 1), tmp_path / "projected.safetensors")
+    with pytest.raises(ValueError, match=r"CLIPVisionModel: it (has besides|lacks)"):
+        load_mask_aware(transformers_tower("CLIPVisionModel"), tmp_path / "projected.safetensors")
+
+
+@pytest.mark.parametrize("where", [("model", "ema"), ("student", "teacher"), ("a.visual", "b.visual")])
+def test_which_of_two_towers_is_not_guessed(tmp_path: Path, where: tuple[str, str]) -> None:
+    first, second, tower = state(vit()), state(vit()), vit()
+    before = state(tower)
+    torch.save({where[0]: first, where[1]: second}, tmp_path / "two.pt")
+    names = f"under '{where[0]}.' and '{where[1]}.'" if "model" not in where else r"under 'ema\.' and 'model\.'"
+    with pytest.raises(ValueError, match=f"holds image towers that differ, {names}"):
+        load_visual(tower, tmp_path / "two.pt")
+    with pytest.raises(ValueError, match="holds image towers that differ"):
+        visual_weights(tmp_path / "two.pt")
+    assert equal(state(tower), before)
+    torch.save({where[0]: first, where[1]: {n: v.clone() for n, v in first.items()}}, tmp_path / "same.pt")
+    load_visual(tower, tmp_path / "same.pt")
+    assert equal(state(tower), first)
+    torch.save({where[0]: first, where[1]: state(vit(width=64))}, tmp_path / "one_fits.pt")
+    load_visual(vit(), tmp_path / "one_fits.pt")
+    assert equal(state(tower), first)
+
+
+def test_a_frozen_copy_is_not_taken_for_the_tuned_tower(tmp_path: Path) -> None:
+    tuned = prefixed("IPCLIP.", state(vit(layers=2)))
+    torch.save({**tuned, **prefixed("clip_adapter.clip_model.visual.", state(vit()))}, tmp_path / "maft.pt")
+    with pytest.raises(ValueError, match=r"it lacks transformer\.resblocks\.2\.ln_1\.weight"):
+        load_visual(vit(), tmp_path / "maft.pt")
+    assert visual_weights(tmp_path / "maft.pt").keys() == state(vit(layers=2)).keys()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("half", [False, True])
+def test_torchscript_archives(tmp_path: Path, half: bool) -> None:
+    clip = small_clip(quick_gelu=True)
+    if half:
+        clip.visual.half().float()
+    traced = torch.jit.trace_module(clip, {"encode_image": (torch.randn(1, 3, 32, 32),)}, check_trace=False)
+    (traced.half() if half else traced).save(tmp_path / "whole.pt")
+    # Without its code: that it loads all the same shows that none of it is run.
+    with zipfile.ZipFile(tmp_path / "whole.pt") as whole, zipfile.ZipFile(tmp_path / "clip.pt", "w") as part:
+        for name in whole.namelist():
+            part.writestr(name, b"no code" if "/code/" in name else whole.read(name))
+    for name in ("whole.pt", "clip.pt"):
+        tower = vit(act_layer=QuickGELU)
+        load_visual(tower, tmp_path / name)
+        expected = state(clip.visual)
+        assert equal(state(tower), {n: v.half().float() for n, v in expected.items()} if half else expected)
+        gelu = vit()
+        before = state(gelu)
+        with pytest.raises(ValueError, match=r"QuickGELU for GELU.*a name that ends in -quickgelu"):
+            load_visual(gelu, tmp_path / name)
+        assert equal(state(gelu), before)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "it is empty; download or copy it again"),
+        (b"\n<!DOCTYPE html><html>Google Drive can't scan this file for viruses</html>", "it is a web page"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n",
+            "a pointer of git-lfs.* run git lfs pull",
+        ),
+        (b'{"metadata": {"total_size": 1}, "weight_map": {}}', "it is the index of a checkpoint in several files"),
+        (b"not a checkpoint at all", "it is neither safetensors nor what torch.save wrote"),
+        (b"PK\x03\x04 and no more of the archive", "can't be read"),
+        (b"\x80\x02 and no pickle", "can't be read"),
+        (b"\xff\x00\x00\x00\x00\x00\x00\x00{ and no more of the header", "it is neither safetensors nor"),
+        (pickle.dumps({"a": [1]}), "can't be read"),
+    ],
+)
+def test_files_of_another_kind(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "tower.safetensors"
+    file.write_bytes(content)
+    for read in (lambda: load_visual(vit(), file), lambda: load_mask_aware(vit(), file), lambda: visual_weights(file)):
+        with pytest.raises(ValueError, match=rf"tower\.safetensors.*{message}"):
+            read()
+
+
+def test_folders_and_archives_and_pickles(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a folder; name the file in it"):
+        load_visual(vit(), tmp_path)
+    with pytest.raises(FileNotFoundError):
+        load_visual(vit(), tmp_path / "missing.pt")
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.writestr("one.txt", "1")
+    with pytest.raises(ValueError, match=r"photos\.zip can't be read; it is damaged, or no checkpoint"):
+        load_visual(vit(), tmp_path / "photos.zip")
+    torch.save({"state_dict": state(vit()), "args": argparse.Namespace(lr=1e-5)}, tmp_path / "run.pt")
+    with pytest.raises(ValueError, match=r"needs code to be run \(argparse\.Namespace\).*write its tensors alone"):
+        load_visual(vit(), tmp_path / "run.pt")
+    torch.save(vit(), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"needs code to be run \(open_clip\.transformer\.VisionTransformer\)"):
+        load_visual(vit(), tmp_path / "model.pt")
+    for nothing in ([1, 2], torch.ones(2), {}, {"a": None}):
+        torch.save(nothing, tmp_path / "nothing.pt")
+        with pytest.raises(ValueError, match=r"nothing\.pt holds no CLIP image tower"):
+            load_visual(vit(), tmp_path / "nothing.pt")
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["[]", "{}", "3", "not json", '{"version": "1", "tower": "x"}', '{"version": 1, "tower": 1, "settings": 1}'],
+)
+@pytest.mark.parametrize("key", ["maft_adapter", "maft_adapter.arithmetic"])
+def test_damaged_settings(path: Path, header: str, key: str) -> None:
+    save_weights(vit(), path, {key: header})
+    with pytest.raises(ValueError, match=r"tower\.safetensors can't be read"):
+        load_mask_aware(vit(), path)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("written", ["safetensors", "zip", "legacy"])
+def test_damaged_files_say_so_and_change_nothing(tmp_path: Path, written: str, data: st.DataObject) -> None:
+    tower = nn.Sequential(OrderedDict(conv1=nn.Conv2d(1, 1, 1)))
+    file = tmp_path / "tower"
+    if written == "safetensors":
+        save_weights(tower, file)
+    else:
+        torch.save(tower.state_dict(), file, _use_new_zipfile_serialization=written == "zip")
+    content = bytearray(file.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        del content[place:]
+    else:
+        content[place] ^= data.draw(st.integers(1, 255))
+    file.write_bytes(content)
+    before = state(tower)
+    try:
+        load_visual(tower, file)
+    except ValueError as error:
+        assert str(file) in str(error) and equal(state(tower), before)
