@@ -268,7 +268,7 @@ def dense_encode(visual: Any, images: Tensor, masks: Tensor) -> Tensor:
     Args:
         visual: a mask-aware class-token tower.
         images: (B, 3, H, W) float.
-        masks: (B, N, H', W') bool or float in [0, 1].
+        masks: (B, N, H', W') bool or float in [0, 1], N >= 1.
 
     Returns:
         (B, N, D) proposal embeddings.
