@@ -63,13 +63,13 @@ def transformers_clip() -> Any:
     return CLIPVisionModelWithProjection(CLIPVisionConfig(patch_size=16))
 
 
-# ViT-B/16 of every library; the promises are about the first.
+# ViT-B/16 of every library; most promises are about the first.
 PROMISED = "ViT-B-16"
 MODELS: dict[str, Callable[[], Any]] = {
     PROMISED: lambda: open_clip.create_model("ViT-B-16").visual,
-    "timm's EVA02-B-16": lambda: open_clip.create_model("EVA02-B-16").visual,
-    "timm's ViT-B-16": lambda: TimmModel("vit_base_patch16_clip_224", 512, image_size=224, pool="token", proj=None),
-    "transformers' ViT-B-16": transformers_clip,
+    "timm-EVA02-B-16": lambda: open_clip.create_model("EVA02-B-16").visual,
+    "timm-ViT-B-16": lambda: TimmModel("vit_base_patch16_clip_224", 512, image_size=224, pool="token", proj=None),
+    "transformers-ViT-B-16": transformers_clip,
 }
 PAPER_PROPOSALS = 100  # the paper's N
 DENSE_PROPOSALS = 300  # the most whose (N+hw)^2 bias is written out
@@ -106,7 +106,7 @@ class Report(TypedDict):
     """What `benchmark` measures; `--out` writes a list of them."""
 
     model: str
-    device: str
+    device: str  # "cpu", or the name of the GPU
     dtype: str
     image_size: int
     start_layer: int
@@ -187,7 +187,7 @@ def benchmark(
         training = training_rows(visual, images, random_masks(PAPER_PROPOSALS, image_size, generator), repeats)
     report: Report = {
         "model": model,
-        "device": device,
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "dtype": str(dtype).removeprefix("torch."),
         "image_size": image_size,
         "start_layer": start_layer,
