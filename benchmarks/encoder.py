@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--proposals", type=_positive, nargs="+", default=[1, 10, PAPER_PROPOSALS, 300, 1000, 10_000], metavar="N",
         help="numbers of proposals (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--repeats", type=_positive, default=7, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--repeats", type=_positive, default=5, help="timed rounds (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON, too")
     options = parser.parse_args(arguments)
     if options.out is not None and not options.out.parent.is_dir():

@@ -241,7 +241,7 @@ def test_everything_runs_on_a_gpu_too_in_bfloat16(gpu: bool, monkeypatch: pytest
     monkeypatch.setattr(encoder, "benchmark", lambda *arguments: runs.append(arguments))
     monkeypatch.setattr(encoder, "as_markdown", str)
     encoder.main(["--models", "timm-ViT-B-16", "ViT-B-16", "--proposals", "3"])
-    cpu = [(name, 480, 8, [3], 7, "cpu", torch.float32) for name in ("timm-ViT-B-16", "ViT-B-16")]
+    cpu = [(name, 480, 8, [3], 5, "cpu", torch.float32) for name in ("timm-ViT-B-16", "ViT-B-16")]
     cuda = [(*run[:5], "cuda", torch.bfloat16) for run in cpu]
     assert runs == cpu + cuda * gpu
 
