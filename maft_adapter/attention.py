@@ -28,6 +28,7 @@ def class_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tenso
         (B, heads, N, d). A class token whose mask is empty sees itself alone and stays finite.
 
     Example:
+        >>> import torch
         >>> q = k = v = torch.randn(1, 2, 3, 8)
         >>> keys, values = F.pad(torch.randn(1, 2, 4, 8), (0, 0, 1, 0)), torch.randn(1, 2, 4, 8)
         >>> class_attention(q, k, v, keys, values, torch.zeros(1, 1, 3, 5)).shape
@@ -54,6 +55,7 @@ def query_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         (B, N, heads * d).
 
     Example:
+        >>> import torch
         >>> q, k = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 4, 8)
         >>> query_attention(q, k, k, torch.zeros(1, 1, 3, 4)).shape
         torch.Size([1, 3, 16])

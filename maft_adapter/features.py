@@ -17,7 +17,7 @@ class ImageFeatures:
 
     `encode_masks(clip_model, features, masks)` and `visual(features, masks)` take it in place of images. What it holds
     depends on the tower's family: of a class-token tower the tokens at the start layer and the patches' keys and values
-    of the blocks from there on (22 MB an image for ViT-B/16 at 480 x 480 with L = 8, in float32), of others the feature
+    of the blocks from there on (25 MB an image for ViT-B/16 at 480 x 480 with L = 8, in float32), of others the feature
     map that they pool.
 
     Features belong to one state of one tower. They refuse to be asked after its settings or weights have changed, also
@@ -40,7 +40,7 @@ class ImageFeatures:
         ...     encode_masks(clip, features[:1], torch.ones(1, 7, 64, 64)).shape
         torch.Size([1, 7, 512])
         >>> features
-        ImageFeatures(2 images, 7x7 tokens of VisionTransformer, 3.1 MB in torch.float32 on cpu)
+        ImageFeatures(2 images, 7x7 tokens of VisionTransformer, 2.7 MB in torch.float32 on cpu)
     """
 
     def __init__(

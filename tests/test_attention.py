@@ -43,16 +43,15 @@ def random_qkv() -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def split(*tensors: Tensor) -> Any:
-    """Class tokens of all of them, then patches of all but the first, as `class_attention` takes q, k and v."""
-    keys, values = (x[:, :, N:] for x in tensors[1:])
-    return [x[:, :, :N] for x in tensors] + [pad(keys, (0, 0, 1, 0)), values]
+def split(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of the class tokens q, k and v, of the patches keys and values, as `class_attention` takes them."""
+    return q[:, :, :N], k[:, :, :N], v[:, :, :N], pad(k[:, :, N:], (0, 0, 1, 0)), v[:, :, N:]
 
 
 def test_equals_a_loop_over_tokens() -> None:
     q, k, v = random_qkv()
     bias = random_bias().double()
-    out = class_attention(*split(q, k, v), bias=pad(bias, (1, 0)))
+    out = class_attention(*split(q, k, v), pad(bias, (1, 0)))
     for b, h in product(range(B), range(HEADS)):
         expected = token_by_token(q[b, h], k[b, h], v[b, h], bias[b, 0] == 0)[:N]
         torch.testing.assert_close(out[b, h], expected, rtol=0, atol=1e-12)
@@ -61,25 +60,27 @@ def test_equals_a_loop_over_tokens() -> None:
 def test_an_empty_mask_returns_its_own_value() -> None:
     q, k, v = random_qkv()
     bias = torch.full((B, 1, N, P), float("-inf"), dtype=torch.float64)
-    torch.testing.assert_close(class_attention(*split(q, k, v), bias=pad(bias, (1, 0))), v[:, :, :N])
+    torch.testing.assert_close(class_attention(*split(q, k, v), pad(bias, (1, 0))), v[:, :, :N])
 
 
 def test_without_proposals_it_is_empty() -> None:
     q, k, v = random_qkv()
-    empty = [x[:, :, :0] for x in (q, k, v)]
-    out = class_attention(*empty, k, v[:, :, 1:], bias=torch.zeros(B, 1, 0, N + P, dtype=torch.float64))
+    none = q[:, :, :0]
+    out = class_attention(none, none, none, k, v[:, :, 1:], torch.zeros(B, 1, 0, N + P, dtype=torch.float64))
     assert out.shape == (B, HEADS, 0, D)
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
-    parts = [x[:1, :1].clone().requires_grad_() for x in split(*random_qkv())]
+    parts = [x[:1, :1].clone().requires_grad_() for x in split(*random_qkv())]  # q, k, v, keys, values
     bias = random_bias()[:1].double()
-    assert torch.autograd.gradcheck(lambda *parts: class_attention(*parts, bias=pad(bias, (1, 0))), parts)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, keys, values: class_attention(q, k, v, keys, values, pad(bias, (1, 0))), parts
+    )
 
 
 def test_large_logits_stay_finite() -> None:
     q, k, v = random_qkv()
-    assert class_attention(*split(1e4 * q, 1e4 * k, v), bias=pad(random_bias().double(), (1, 0))).isfinite().all()
+    assert class_attention(*split(1e4 * q, 1e4 * k, v), pad(random_bias().double(), (1, 0))).isfinite().all()
 
 
 def block_loop(block: Any, x: Tensor, bias: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from maft_adapter.masks import mean_weights
-from maft_adapter.towers import attention_pool, average, base, class_token, learned_query
+from maft_adapter.towers import average, base, class_token
 from maft_adapter.towers.base import MaskAwareTower
 
 coverage: Any = pytest.importorskip("benchmarks.coverage", reason="benchmarks/ lies beside tests/ in a checkout only")
@@ -70,7 +70,7 @@ def test_unknown_timm_class_is_not_run_in_full_size() -> None:
 def test_refused() -> None:
     row = coverage.cover(REFUSED)
     assert (row["family"], row["status"], row["responses"]) == ("class token", "refused", None)
-    assert "RelPosBlock) takes no attn_mask" in row["reason"]
+    assert "RelPosAttention) has rel_pos, unknown here" in row["reason"]
 
 
 def test_refusal_that_changes_the_tower_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,11 +90,11 @@ def small(name: str) -> Any:
     return coverage.build_small(configuration, full)
 
 
-def attention_bias_without_masks(masks: Tensor, grid: tuple[int, int], dtype: torch.dtype, threshold: float) -> Tensor:
+def attention_bias_without_masks(masks: Tensor, grid: tuple[int, int], dtype: torch.dtype, *_: Any) -> Tensor:
     return torch.zeros(len(masks), 1, masks.shape[1], grid[0] * grid[1], dtype=dtype)
 
 
-def mean_weights_without_masks(masks: Tensor, grid: tuple[int, int]) -> Tensor:
+def mean_weights_without_masks(masks: Tensor, grid: tuple[int, int], seen: Any) -> Tensor:
     cells = grid[0] * grid[1]
     return torch.full((*masks.shape[:2], cells), 1 / cells)
 
@@ -102,10 +102,10 @@ def mean_weights_without_masks(masks: Tensor, grid: tuple[int, int]) -> Tensor:
 @pytest.mark.parametrize(
     "family, name, function, replacement",
     [
-        (class_token, "ViT-B-32", "attention_bias", attention_bias_without_masks),
-        (class_token, "EVA02-B-16", "attention_bias", attention_bias_without_masks),
-        (learned_query, "ViT-B-32-SigLIP2-256", "attention_bias", attention_bias_without_masks),
-        (attention_pool, "RN50", "attention_bias", attention_bias_without_masks),
+        (base, "ViT-B-32", "attention_bias", attention_bias_without_masks),
+        (base, "EVA02-B-16", "attention_bias", attention_bias_without_masks),
+        (base, "ViT-B-32-SigLIP2-256", "attention_bias", attention_bias_without_masks),
+        (base, "RN50", "attention_bias", attention_bias_without_masks),
         (average, "convnext_tiny", "mean_weights", mean_weights_without_masks),
         (average, "ViT-L-14-CLIPA", "mean_weights", mean_weights_without_masks),
     ],
@@ -121,7 +121,7 @@ def test_family_that_ignores_its_masks_fails(
 
 
 def test_masks_upside_down_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(average, "mean_weights", lambda masks, grid, seen: mean_weights(1 - masks, grid, seen))
+    monkeypatch.setattr(average, "mean_weights", lambda masks, *grid: mean_weights(1 - masks, *grid))
     row = coverage.cover("convnext_tiny")
     assert row["reason"].startswith("a change outside the mask moves its embedding as much as one under it")
 
@@ -130,7 +130,8 @@ def test_tower_that_embeds_masks_but_no_images_fails(monkeypatch: pytest.MonkeyP
     ask = class_token._ClassTokenTower._ask
 
     def blind(self: Any, features: tuple[Tensor, ...], *on: Any) -> Tensor:
-        return ask(self, tuple(torch.zeros_like(tensor) for tensor in features), *on)
+        same = [torch.arange(x[0].numel()).sin().view_as(x[0]).expand_as(x) for x in features]  # whatever the image
+        return ask(self, tuple(same), *on)
 
     monkeypatch.setattr(class_token._ClassTokenTower, "_ask", blind)
     row = coverage.cover("ViT-B-32")
@@ -138,7 +139,7 @@ def test_tower_that_embeds_masks_but_no_images_fails(monkeypatch: pytest.MonkeyP
 
 
 def test_wrong_weights_of_a_mean_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(average, "mean_weights", lambda masks, grid: 1.001 * mean_weights(masks, grid))
+    monkeypatch.setattr(average, "mean_weights", lambda *masks: 1.001 * mean_weights(*masks))
     row = coverage.cover("RN50")
     assert row["status"] == "verified"  # another family
     row = coverage.cover("vit_medium_patch16_gap_256")  # without a norm after the mean, which would hide the factor
@@ -166,7 +167,7 @@ def test_output_without_masks_off_by_one_bit_fails(monkeypatch: pytest.MonkeyPat
 
 
 def test_not_finite_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def empty_is_nan(masks: Tensor, grid: tuple[int, int]) -> Tensor:
+    def empty_is_nan(masks: Tensor, grid: tuple[int, int], seen: Any) -> Tensor:
         share = torch.nn.functional.adaptive_avg_pool2d(masks, grid).flatten(2)  # (B, N, hw)
         return share / share.sum(-1, keepdim=True)
 
@@ -284,7 +285,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [(row["name"], row["status"]) for row in rows] == [("ViT-B-32", "verified"), (REFUSED, "refused")]
     captured = capsys.readouterr()
     assert "| class token | ViT-B-32 | 2 | 1 | 1 | 0 |" in captured.out
-    assert f"- refused: `{REFUSED}`: trunk.blocks.0 (RelPosBlock) takes no attn_mask" in captured.out
+    assert f"- refused: `{REFUSED}`: trunk.blocks.0.attn (RelPosAttention) has rel_pos" in captured.out
     assert "1 of 2 configurations verified\nin " in captured.out
     assert "2/2" in captured.err
 

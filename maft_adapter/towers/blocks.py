@@ -47,7 +47,8 @@ class ProposalBlock(MaskAware):
         if keep:
             q, k, v = self._project(x, options.get("rope"), first=int(last))  # (B, heads, hw, d) each
             patches = x if last else self._finish(x, F.scaled_dot_product_attention(q, k, v))  # (B, hw, width)
-            return patches, F.pad(k, (0, 0, 1, 0)), v
+            # As a view, the values would keep the queries and keys of their common projection alive.
+            return patches, F.pad(k, (0, 0, 1, 0)), v.contiguous()
         if asked is not None:
             q, k, v = self._project(x, None)  # (B, heads, N, d) each
             return self._finish(x, class_attention(q, k, v, *asked))  # (B, N, width)
