@@ -102,7 +102,7 @@ def _check_map(visual: Any) -> tuple[tuple[int, int, int, int], tuple[int, int]]
     except Exception as error:
         size, said = f"{height}x{width}", f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"trunk ({name}) takes no images of {size} ({said}); build it for a size that its stride of {stride} divides"
+            f"trunk ({name}) takes no images of {size} ({said}); build it for a size that its stride {stride} divides"
         ) from error
     shape = tuple(getattr(features, "shape", ()))  # some give a list
     grid = height // stride, width // stride
