@@ -4,8 +4,7 @@ Glossary: B images, N mask proposals an image, C classes, K ground-truth classes
 grid, H x W the mask's own size, D the embedding's width, L the start layer.
 """
 
-__version__ = "0.1.0"
-
+from ._version import __version__
 from .adapt import (
     encode_features,
     encode_image,
@@ -24,6 +23,7 @@ from .losses import MAFTLoss
 __all__ = [
     "ImageFeatures",
     "MAFTLoss",
+    "__version__",
     "encode_features",
     "encode_image",
     "encode_masks",

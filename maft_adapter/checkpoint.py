@@ -86,6 +86,7 @@ def save_mask_aware(visual: nn.Module, path: str | os.PathLike[str]) -> None:
         "version": __version__,
         "tower": _host_name(visual),
         "settings": {name: getattr(tower, name) for name in tower.settings},
+        "fine_tuned": getattr(tower, "fine_tuned", False),  # whether `finetune` may take a copy of it as the teacher
     }
     save_weights(visual, path, {_KEY: json.dumps(header), _ARITHMETIC: json.dumps(_arithmetic(visual))})
 
@@ -126,6 +127,8 @@ def load_mask_aware(visual: Tower, path: str | os.PathLike[str]) -> Tower:
     _check_arithmetic(visual, file, path)
     make_mask_aware(visual, **settings)
     _replace_weights(visual, weights)
+    # Files from before this was written came out of fine-tuning.
+    visual.fine_tuned = file.header.get("fine_tuned", True)
     return visual
 
 
@@ -220,6 +223,9 @@ def load_visual(visual: nn.Module, path: str | os.PathLike[str]) -> None:
         if differ:
             raise ValueError(f"{path} was saved with {differ}, unlike this tower; set that, or call load_mask_aware")
     _replace_weights(visual, weights)
+    # A host's may be the frozen CLIP still, but it can't be told.
+    fine_tuned = file.header.get("fine_tuned", True) if file.header else prefixes[0] in _HOSTS
+    visual.fine_tuned = fine_tuned  # type: ignore[assignment]
 
 
 def save_weights(module: nn.Module, path: str | os.PathLike[str], metadata: dict[str, str] | None = None) -> None:

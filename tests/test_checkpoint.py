@@ -88,7 +88,8 @@ def test_the_weights_load_into_an_unpatched_tower(path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["maft_adapter"])
     settings = {"start_layer": 1, "interpolation": "maft", "threshold": 0.5}
-    assert header == {"version": __version__, "tower": "VisionTransformer", "settings": settings}
+    tower_of = {"version": __version__, "tower": "VisionTransformer"}
+    assert header == {**tower_of, "settings": settings, "fine_tuned": False}
 
 
 @pytest.mark.parametrize(
@@ -715,3 +716,21 @@ def test_damaged_files_say_so_and_change_nothing(tmp_path: Path, written: str, d
         load_visual(tower, file)
     except ValueError as error:
         assert str(file) in str(error) and equal(state(tower), before)
+
+
+def test_a_file_knows_whether_its_tower_was_fine_tuned(path: Path) -> None:
+    tower = make_mask_aware(vit(), 1)
+    save_mask_aware(tower, path)
+    assert load_mask_aware(vit(), path).fine_tuned is False
+    tower.fine_tuned = True  # as finetune marks it
+    save_mask_aware(tower, path)
+    assert load_mask_aware(vit(), path).fine_tuned is True
+    other = make_mask_aware(vit(), 1)
+    load_visual(other, path)
+    assert other.fine_tuned
+    torch.save(vit().state_dict(), path)
+    load_visual(other, path)  # an old mark does not stay
+    assert not other.fine_tuned
+    torch.save({f"IPCLIP.{name}": value for name, value in vit().state_dict().items()}, path)
+    load_visual(other, path)
+    assert other.fine_tuned

@@ -89,14 +89,17 @@ def test_package_says_that_it_is_typed() -> None:
     assert (PACKAGE / "py.typed").is_file()
 
 
-def test_requirements_are_five_and_none_is_capped(distribution: importlib.metadata.Distribution) -> None:
+def test_requirements_are_few_and_none_is_capped(distribution: importlib.metadata.Distribution) -> None:
     requirements = [Requirement(line) for line in distribution.requires or []]
     assert {r.name for r in requirements if r.marker is None} == {
         "einops",
         "numpy",
         "open_clip_torch",
+        "safetensors",
         "timm",
         "torch",
+        "torchvision",
+        "tqdm",
     }
     assert [str(r) for r in requirements if any(s.operator != ">=" for s in r.specifier)] == []
 

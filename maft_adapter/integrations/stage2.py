@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..adapt import is_mask_aware
+from ..adapt import encode_image, is_mask_aware
 from ..checkpoint import load_visual
 from ..classify import class_scores
 from ..freezing import trainable_parameters
@@ -139,9 +139,7 @@ class MaskAwareTraining(MaskAware):
         visual, teacher = self.stage2.host.visual(self), self.stage2.teacher.to(batch.images.device)
         embeddings, image = visual(batch.images, batch.masks, with_image=True)  # (B, N, D), (B, D)
         with torch.no_grad():
-            # Not teacher(images): what that gives besides the embedding, or around it, is each tower's own.
-            _, frozen = teacher(batch.images, batch.masks[:, :0], with_image=True)  # (B, D)
-            teacher_scores = class_scores(frozen, batch.text, batch.logit_scale)  # (B, C)
+            teacher_scores = class_scores(encode_image(teacher, batch.images), batch.text, batch.logit_scale)  # (B, C)
         terms = self.stage2.loss(
             class_scores(embeddings, batch.text, batch.logit_scale),  # (B, N, C)
             batch.masks,

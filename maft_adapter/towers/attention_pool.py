@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..attention import query_attention
 from .base import MaskAware, MaskAwareTower, divide_into_patches, refuse_unknown, swap_class
-from .layouts import interpolate_position
+from .layouts import interpolate_position, patched_copy, prove_pool
 
 SETTINGS = ("interpolation", "threshold")
 POOLS = "pools the last feature map of its convolutions"
@@ -39,6 +39,9 @@ def check(visual: Any, start_layer: int) -> None:
     side, rows = _native_side(pool), len(pool.positional_embedding)
     if rows != 1 + side**2:
         raise ValueError(f"attnpool.positional_embedding has {rows} rows, expected 1 + a square number")
+    twin = patched_copy(visual, _ResNetTower)
+    twin.attnpool = patched_copy(pool, _AttentionPool)
+    prove_pool(twin, (1, pool.k_proj.in_features, side, side), (side, side), "attnpool")
 
 
 def patch(visual: Any, start_layer: int) -> None:

@@ -24,36 +24,48 @@ from .layouts import (
     check_clip_vit,
     check_timm_vit,
     is_clip_vit,
+    meta_copy,
     patch_timm_vit,
+    patched_copy,
+    prove_pool,
+    timm_trunk,
 )
 
 SETTINGS = ("interpolation",)
 POOLS = "averages its last feature map"
+
+_CELLS = (2, 3)  # that a proof runs on where any will do
 
 
 def recognise(visual: Any) -> bool:
     """Whether `visual` averages its features."""
     if is_clip_vit(visual):
         return getattr(visual, "attn_pool", None) is None and getattr(visual, "pool_type", "tok") == "avg"
-    trunk = getattr(visual, "trunk", None)
-    return trunk is not None and _timm_pool(trunk) == "avg"
+    trunk = timm_trunk(visual)
+    return trunk is not None and _timm_pool(trunk) in ("avg", "fast", "fastavg")
 
 
 def check(visual: Any, start_layer: int) -> None:
     """Raise ValueError, naming what is unknown, unless `patch` computes exactly this tower."""
     if is_clip_vit(visual):
         check_clip_vit(visual)
+        tokens = (1, 1 + _CELLS[0] * _CELLS[1], visual.class_embedding.shape[-1])
+        prove_pool(patched_copy(visual, _ClipTower), tokens, _CELLS, "the tower's average")
         return
     trunk = visual.trunk
     refuse_unknown(visual.head, ("drop", "proj", "mlp"), "head")
     if getattr(trunk, "attn_pool", None) is not None:
         raise ValueError("trunk has an attention pool beside its average, which is unknown here")
-    if hasattr(trunk, "_pos_embed"):
+    tower: type = _TimmMapTower
+    shape: tuple[int, ...]
+    if hasattr(trunk, "_pos_embed") or hasattr(trunk, "embeds"):
         check_timm_vit(trunk)
         if trunk.num_prefix_tokens:
             raise ValueError(f"trunk averages its patches beside {trunk.num_prefix_tokens} tokens without a place")
-    elif not getattr(trunk, "feature_info", None):
-        raise ValueError(f"trunk ({type(trunk).__name__}) has no feature_info, which tells its stride")
+        tower, grid, shape = _TimmViTTower, _CELLS, (1, _CELLS[0] * _CELLS[1], trunk.num_features)
+    else:
+        shape, grid = _check_map(visual)
+    prove_pool(patched_copy(visual, tower), shape, grid, f"trunk ({type(trunk).__name__})")
 
 
 def patch(visual: Any, start_layer: int) -> None:
@@ -67,10 +79,44 @@ def patch(visual: Any, start_layer: int) -> None:
 
 
 def _timm_pool(trunk: Any) -> str | None:
-    pool = getattr(trunk, "global_pool", None)
-    if isinstance(pool, str):
-        return pool
-    return getattr(getattr(trunk.head, "global_pool", None), "pool_type", None)
+    for holder in (trunk, getattr(trunk, "head", None)):
+        pool = getattr(holder, "global_pool", getattr(holder, "pool_type", None))
+        pool = getattr(pool, "pool_type", pool)  # of a module
+        if isinstance(pool, str):
+            return pool
+    return None
+
+
+def _check_map(visual: Any) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
+    """Shape of the last feature map of one image, and its token grid; ValueError if there is no such map."""
+    trunk, name = visual.trunk, type(visual.trunk).__name__
+    if not getattr(trunk, "feature_info", None):
+        raise ValueError(f"trunk ({name}) has no feature_info, which tells its stride")
+    stride = trunk.feature_info[-1]["reduction"]
+    height, width = (-(-side // stride) * stride for side in visual.image_size)
+    like = next(trunk.parameters())
+    try:
+        with torch.no_grad():
+            image = torch.empty(1, 3, height, width, dtype=like.dtype, device="meta")
+            features = meta_copy(trunk).forward_features(image)
+    except Exception as error:
+        size, said = f"{height}x{width}", f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"trunk ({name}) takes no images of {size} ({said}); build it for a size that its stride {stride} divides"
+        ) from error
+    shape = tuple(getattr(features, "shape", ()))  # some give a list
+    grid = height // stride, width // stride
+    if len(shape) != 4 or (shape[1:3] if _is_nhwc(trunk) else shape[2:]) != grid:
+        given = f"features of {shape[1:]}" if shape else f"a {type(features).__name__}"
+        raise ValueError(
+            f"trunk ({name}) turns images of {height}x{width} into {given}; masks need a map of {grid[0]}x{grid[1]} "
+            f"cells, as its stride of {stride} says, to know which of them lie inside: not supported"
+        )
+    return shape, grid
+
+
+def _is_nhwc(trunk: Any) -> bool:
+    return getattr(trunk, "output_fmt", "NCHW") == "NHWC"
 
 
 class _AverageTower(MaskAwareTower):
@@ -110,9 +156,8 @@ class _TimmViTTower(PoolingTimmViT, _AverageTower):
         return features
 
     def _head(self: Any, means: Tensor) -> Tensor:
-        return self._pool_image((means.flatten(0, 1)[:, None],), (1, 1)).unflatten(
-            0, means.shape[:2]
-        )  # each its own patch
+        single = means.flatten(0, 1)[:, None]  # (B*N, 1, C): each the only patch of an image of its own
+        return self._pool_image((single,), (1, 1)).unflatten(0, means.shape[:2])
 
 
 class _TimmMapTower(PoolingTimm, _AverageTower):
@@ -129,11 +174,17 @@ class _TimmMapTower(PoolingTimm, _AverageTower):
         stride = self.trunk.feature_info[-1]["reduction"]
         return divide_into_patches(images, (stride, stride))
 
+    def _features(self: Any, images: Tensor) -> tuple[Tensor, ...]:
+        (features,) = super()._features(images)  # (B, C, h, w) or (B, h, w, C)
+        (h, w), grid = features.shape[1:3] if _is_nhwc(self.trunk) else features.shape[2:], self.token_grid(images)
+        if (h, w) != grid:
+            raise ValueError(f"trunk gives a map of {h}x{w} cells, expected {grid[0]}x{grid[1]}; resize the images")
+        return (features,)
+
     def _patches(self: Any, features: Tensor) -> Tensor:
-        nhwc = getattr(self.trunk, "output_fmt", "NCHW") == "NHWC"
-        return rearrange(features, "b h w c -> b (h w) c" if nhwc else "b c h w -> b (h w) c")
+        return rearrange(features, "b h w c -> b (h w) c" if _is_nhwc(self.trunk) else "b c h w -> b (h w) c")
 
     def _head(self: Any, means: Tensor) -> Tensor:
-        nhwc = getattr(self.trunk, "output_fmt", "NCHW") == "NHWC"
-        single = rearrange(means, "b n c -> (b n) 1 1 c" if nhwc else "b n c -> (b n) c 1 1")  # a map of one cell each
+        # A map of one cell each.
+        single = rearrange(means, "b n c -> (b n) 1 1 c" if _is_nhwc(self.trunk) else "b n c -> (b n) c 1 1")
         return self._pool_image((single,), (1, 1)).unflatten(0, means.shape[:2])

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .base import MaskAwareTower, refuse_unknown, swap_class
@@ -36,6 +36,7 @@ from .layouts import (
     patch_timm_vit,
     patch_transformers,
     refuse_patch_dropout,
+    timm_trunk,
     transformers_inner,
 )
 
@@ -50,9 +51,10 @@ def recognise(visual: Any) -> bool:
     """Whether `visual` is a ViT that gives its class token."""
     if is_clip_vit(visual):
         return getattr(visual, "attn_pool", None) is None and getattr(visual, "pool_type", "tok") == "tok"
-    trunk = getattr(visual, "trunk", None)
+    trunk = timm_trunk(visual)
     if trunk is not None:
-        return hasattr(trunk, "blocks") and getattr(trunk, "global_pool", None) == "token"
+        listed = isinstance(getattr(trunk, "blocks", None), nn.Sequential | nn.ModuleList)
+        return listed and getattr(trunk, "global_pool", None) == "token"
     return hasattr(getattr(visual, "vision_model", visual), "pre_layrnorm")  # the name is transformers'
 
 
@@ -61,24 +63,26 @@ def check(visual: Any, start_layer: int) -> None:
 
     What is seen are children, parameters and settings; `prove_blocks` compares what the blocks do with them.
     """
+    layout = _layout(visual)
+    if layout is ClipBlock:
+        check_clip_vit(visual)
+    elif layout is TransformersBlock:
+        check_transformers(visual)
     blocks = _named_blocks(visual)
     if type(start_layer) is not int or not 0 <= start_layer <= len(blocks):
         raise ValueError(f"start_layer is {start_layer!r}, expected an int in 0..{len(blocks)} (the depth)")
-    layout, options = _layout(visual), {}
+    for where, block in blocks:
+        check_block(block, layout, where)
+    options = {}
     if layout is ClipBlock:
-        check_clip_vit(visual)
         width = visual.class_embedding.shape[-1]
-    elif layout is TimmBlock:
+    elif layout is TimmBlock:  # last, since a block says better what a trunk without position embedding has instead
+        check_timm_vit(visual.trunk)
+        refuse_unknown(visual.trunk, _TIMM, "trunk")  # register tokens among others
         width = visual.trunk.embed_dim
         options = {"rope": None} if getattr(visual.trunk, "rope", None) is not None else {}
     else:
-        check_transformers(visual)
         width, options = visual.config.hidden_size, _transformers_options(visual)
-    for where, block in blocks:
-        check_block(block, layout, where)
-    if layout is TimmBlock:  # later, since a block says better what a trunk without position embedding has instead
-        check_timm_vit(visual.trunk)
-        refuse_unknown(visual.trunk, _TIMM, "trunk")  # register tokens among others
     prove_blocks(blocks[start_layer:], layout, width, options)
 
 
@@ -115,7 +119,8 @@ def _named_blocks(visual: Any) -> list[tuple[str, Any]]:
 def _transformers_options(visual: Any) -> dict[str, Any]:
     """The masks that a block asks for: one in transformers 5, two before."""
     block = _named_blocks(visual)[0][1]
-    return {name: None for name in inspect.signature(block.forward).parameters if name.endswith("attention_mask")}
+    host: Any = super(ProposalBlock, block) if isinstance(block, ProposalBlock) else block
+    return {name: None for name in inspect.signature(host.forward).parameters if name.endswith("attention_mask")}
 
 
 @contextlib.contextmanager

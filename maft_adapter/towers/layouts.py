@@ -7,18 +7,21 @@ everything which the host builds on it (intermediate features, pooling, extra ou
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..masks import WHOLE
 from .base import MaskAware, MaskAwareTower, divide_into_patches, refuse_unknown, share_seen, swap_class
 
 # All that is read of a CLIP ViT, children and parameters alike.
 _CLIP_VIT = ("conv1", "class_embedding", "positional_embedding", "ln_pre", "transformer", "ln_post", "proj")
+_NAFLEX = "takes patches that were cut before, of images of any shape (NaFlex), and no masks: not supported; take "
 INTERPOLATIONS: dict[str, dict[str, Any]] = {
     "maft": {"mode": "bicubic", "align_corners": True},
     "open_clip": {"mode": "bicubic", "align_corners": False, "antialias": True},
@@ -28,14 +31,24 @@ INTERPOLATIONS: dict[str, dict[str, Any]] = {
 def interpolate_position(
     embedding: Tensor, native: tuple[int, int], grid: tuple[int, int], interpolation: str = "maft"
 ) -> Tensor:
-    """Position embedding (P+hw, width) for another grid; the P leading tokens have no place and stay.
+    """Position embedding for another grid; the P leading tokens have no place and stay.
 
     "maft" is the authors' way, bicubic between the corners (align_corners=True), "open_clip" what open_clip and
     timm do when they load weights for another size (antialias, align_corners=False). On a 14 -> 30 grid they
     differ by 13 %, so weights that were fine-tuned with one must run with it.
 
-    >>> interpolate_position(torch.randn(1 + 4, 8), (2, 2), (3, 5)).shape
-    torch.Size([16, 8])
+    Args:
+        embedding: (P+hw, width).
+        native: height and width (h, w) of the token grid that it was made for.
+        grid: height and width (h', w') of another.
+        interpolation: a key of `INTERPOLATIONS`.
+
+    Returns:
+        (P+h'w', width) in the same dtype.
+
+    Example:
+        >>> interpolate_position(torch.randn(1 + 4, 8), (2, 2), (3, 5)).shape
+        torch.Size([16, 8])
     """
     if grid == native:
         return embedding
@@ -74,7 +87,8 @@ class ClipViT(MaskAwareTower):
     """Of open_clip's and OpenAI's ViT, beside a family's own mixin."""
 
     def token_grid(self: Any, images: Tensor) -> tuple[int, int]:
-        native = getattr(self, "image_size", None), native_grid(self)
+        side = getattr(self, "input_resolution", None)  # OpenAI's name
+        native = getattr(self, "image_size", (side, side)), native_grid(self)
         return divide_into_patches(images, self.conv1.stride, native, self.conv1.in_channels)
 
     def seen(self: Any, images: Tensor) -> tuple[float, float]:
@@ -114,17 +128,34 @@ class PoolingOpenClipViT(OpenClipViT):
         return pooled if self.proj is None else pooled @ self.proj
 
 
+def timm_trunk(visual: Any) -> Any | None:
+    """The timm model inside open_clip's `TimmModel`, None in other towers."""
+    return visual.trunk if all(hasattr(visual, name) for name in ("trunk", "head", "image_size")) else None
+
+
 def check_timm_vit(trunk: Any) -> None:
     """Raise ValueError unless a timm ViT takes its position embedding and its images as `TimmTrunk` does."""
-    known = ("backbone",) if hasattr(trunk.patch_embed, "backbone") else ("norm",)
-    refuse_unknown(trunk.patch_embed, ("proj", *known), "trunk.patch_embed")
-    if not hasattr(trunk, "_pos_embed"):
-        raise ValueError(f"trunk ({type(trunk).__name__}) has no _pos_embed, where its position embedding is added")
-    rows, cells = getattr(trunk.pos_embed, "shape", (1, 0))[1], trunk.patch_embed.num_patches
+    name = type(trunk).__name__
+    if hasattr(trunk, "embeds"):
+        raise ValueError(f"trunk ({name}) {_NAFLEX}a ViT of one image size, without use_naflex")
+    embed: Any = getattr(trunk, "patch_embed", None)
+    if not hasattr(trunk, "_pos_embed") or not hasattr(embed, "grid_size"):
+        raise ValueError(f"trunk ({name}) cuts its patches or adds their places in a way of its own: not supported")
+    hybrid = hasattr(embed, "backbone")
+    refuse_unknown(embed, ("proj", "backbone" if hybrid else "norm"), "trunk.patch_embed")
+    if hybrid and any(size % cells for size, cells in zip(embed.img_size, embed.grid_size, strict=True)):
+        raise ValueError(
+            f"trunk.patch_embed ({type(embed).__name__}) cuts images of {embed.img_size} into {embed.grid_size} cells, "
+            "which they don't divide; build the tower for a size that its stride divides"
+        )
+    rows, cells = getattr(trunk.pos_embed, "shape", (1, 0))[1], embed.num_patches
     if trunk.pos_embed is not None and rows not in (cells, cells + trunk.num_prefix_tokens):
         raise ValueError(f"trunk.pos_embed has {rows} rows, expected one for each of {cells} patches")
     if getattr(trunk, "rope_mixed", False):
         raise ValueError("trunk has a rotary embedding of its own for every block (rope_mixed), unknown here")
+    rope = getattr(trunk, "rope", None)
+    if rope is not None and not hasattr(rope, "update_feat_shape"):
+        raise ValueError(f"trunk.rope ({type(rope).__name__}) keeps one grid only in timm before 1.0.18; upgrade timm")
 
 
 def patch_timm_vit(visual: Any, tower: type) -> None:
@@ -147,6 +178,64 @@ class TimmViT(MaskAwareTower):
     def _stride(self: Any) -> tuple[int, int]:
         (height, width), (rows, columns) = self.trunk.patch_embed.img_size, self.trunk.patch_embed.grid_size
         return height // rows, width // columns
+
+
+def meta_copy(module: nn.Module) -> Any:
+    """A copy on the meta device, in eval mode and without hooks: it computes nothing but shapes."""
+    memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in module.buffers()}
+    memo |= {id(parameter): nn.Parameter(parameter.to("meta")) for parameter in module.parameters()}
+    for part in module.modules():
+        memo |= {id(hooks): OrderedDict() for hooks in (part._forward_hooks, part._forward_pre_hooks)}
+    return copy.deepcopy(module, memo).eval()
+
+
+def patched_copy(module: Any, mixin: type) -> Any:
+    """A copy of `module` of the class that it would be swapped to, which shares parameters and children with it."""
+    twin = copy.copy(module)
+    twin._modules = dict(twin._modules)
+    if not isinstance(twin, MaskAware):
+        swap_class(twin, mixin)
+        twin.interpolation, twin.threshold = "maft", 0.5
+    return twin
+
+
+def prove_pool(twin: Any, shape: tuple[int, ...], grid: tuple[int, int], where: str) -> None:
+    """Raise ValueError, naming the pool, unless a full mask gives what the host itself pools.
+
+    Random features go through both, in the tower's dtype. The tower is in eval mode meanwhile, no random state is
+    touched, and on the meta device nothing is run.
+
+    Args:
+        twin: what `patched_copy` gives of the tower.
+        shape: of the features of one image.
+        grid: height and width of the token grid in them.
+        where: the pool's name in the tower.
+    """
+    like = next(parameter for parameter in twin.parameters() if parameter.is_floating_point())
+    if like.is_meta:
+        return
+    generator = torch.Generator().manual_seed(0)
+    # Around one, since what a head makes of a mean near zero is little besides its bias.
+    features = (1 + torch.randn(shape, generator=generator)).to(like.device, like.dtype)
+    modes = [(module, module.training) for module in twin.modules()]
+    twin.eval()
+    try:
+        with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+            own = twin._pool_image((features,), grid)  # (1, D)
+            full = twin._on_grid(like.new_ones(1, 1, 1, 1), grid, WHOLE, features.dtype)
+            asked = twin._pool_masks((features,), full)[:, 0]  # (1, D)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{where} can't pool features of {shape} as its parts say ({said}): not supported") from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    allowed = torch.finfo(own.dtype).eps ** 0.5 * own.abs().max()
+    if own.isfinite().all() and not (own.shape == asked.shape and (asked - own).abs().max() <= allowed):
+        raise ValueError(
+            f"{where} computes something else than its parts say: a full mask does not give what it makes of the same "
+            "features, so masks can't be asked of it: not supported"
+        )
 
 
 class PoolingTimm(MaskAwareTower):
@@ -173,17 +262,14 @@ class PoolingTimmViT(TimmViT, PoolingTimm):
 class TimmPatchEmbed(MaskAware):
     """Of timm's `PatchEmbed` and `HybridEmbed`: takes other sizes, too, and keeps the two axes of the token map."""
 
-    # As properties of the class these come before the instance's own attributes, which stay what they were.
-    flatten = property(lambda self: False)
-    output_fmt = property(lambda self: "NHWC")
-
     def forward(self: Any, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> token map (B, h, w, C)."""
-        if tuple(x.shape[2:]) == tuple(self.img_size):
-            return super().forward(x)  # type: ignore[misc]
-        if hasattr(self, "backbone"):
-            return self.proj(self.backbone(x)).movedim(1, -1)
-        return self.norm(self.proj(x).movedim(1, -1))
+        (height, width), (rows, columns) = self.img_size, self.grid_size
+        if not hasattr(self, "backbone") and tuple(x.shape[2:]) != (height, width):
+            return self.norm(self.proj(x).movedim(1, -1))
+        grid = x.shape[2] // (height // rows), x.shape[3] // (width // columns)
+        x = super().forward(x)  # type: ignore[misc]
+        return x.unflatten(1, grid) if self.flatten else x
 
 
 class TimmTrunk(MaskAware):
@@ -235,12 +321,30 @@ def transformers_inner(visual: Any) -> Any:
 def check_transformers(visual: Any) -> None:
     """Raise ValueError unless the tower holds what is read of transformers' CLIP and SigLIP towers, and no more."""
     inner = transformers_inner(visual)
+    name, embed = type(inner).__name__, getattr(inner, "embeddings", None)
+    if isinstance(getattr(embed, "patch_embedding", None), nn.Linear):
+        raise ValueError(f"{name} {_NAFLEX}a SigLIP 2 without naflex in its name, which loads as SiglipModel")
+    size: Any = getattr(embed, "image_size", None)
+    of_one_size = isinstance(size, int) and isinstance(getattr(embed, "patch_size", None), int)
+    if not of_one_size or not hasattr(embed, "interpolate_pos_encoding"):
+        raise ValueError(f"{name} does not embed images of one image_size and patch_size as CLIP does: not supported")
+    if not hasattr(getattr(inner, "encoder", None), "layers") or not hasattr(inner, "post_layernorm"):
+        raise ValueError(f"{name} has no encoder.layers and post_layernorm as CLIP's towers have: not supported")
     known = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm", "head")
-    refuse_unknown(inner, known, type(inner).__name__)
-    refuse_unknown(inner.embeddings, ("class_embedding", "patch_embedding", "position_embedding"), "embeddings")
+    refuse_unknown(inner, known, name)
+    refuse_unknown(embed, ("class_embedding", "patch_embedding", "position_embedding"), "embeddings")
     refuse_unknown(inner.encoder, ("layers",), "encoder")
     if inner is not visual:
         refuse_unknown(visual, ("vision_model", "visual_projection"), type(visual).__name__)
+    twin = meta_copy(visual)
+    twin.config._attn_implementation = "eager"  # others need a device that computes
+    try:
+        with torch.no_grad():
+            output = twin(torch.empty(1, 3, size, size, dtype=visual.dtype, device="meta"))
+    except Exception as error:
+        raise ValueError(f"{name} takes no images of {size}x{size} ({type(error).__name__}: {error})") from error
+    if getattr(output, "image_embeds", getattr(output, "pooler_output", None)) is None:
+        raise ValueError(f"{name} gives no pooler_output, or not by that name (return_dict=False): not supported")
 
 
 def patch_transformers(visual: Any, tower: type) -> None:

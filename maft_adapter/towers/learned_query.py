@@ -26,12 +26,16 @@ from .layouts import (
     is_clip_vit,
     patch_timm_vit,
     patch_transformers,
+    patched_copy,
+    prove_pool,
+    timm_trunk,
     transformers_inner,
 )
 
 SETTINGS = ("interpolation", "threshold")
 POOLS = "pools its patches with a learned query"
 
+_CELLS = (2, 3)  # that a proof runs on
 _LATENT = ("latent", "q", "kv", "q_norm", "k_norm", "proj", "norm", "mlp")
 
 
@@ -39,7 +43,7 @@ def recognise(visual: Any) -> bool:
     """Whether `visual` pools its patches with a learned query."""
     if is_clip_vit(visual):
         return getattr(visual, "attn_pool", None) is not None
-    trunk = getattr(visual, "trunk", None)
+    trunk = timm_trunk(visual)
     if trunk is not None:
         return hasattr(getattr(trunk, "attn_pool", None), "latent")
     return hasattr(getattr(transformers_inner(visual), "head", None), "probe")
@@ -47,23 +51,28 @@ def recognise(visual: Any) -> bool:
 
 def check(visual: Any, start_layer: int) -> None:
     """Raise ValueError, naming what is unknown, unless `patch` computes exactly this tower."""
+    tower: type
     if is_clip_vit(visual):
         check_clip_vit(visual)
         if visual.pool_type != "tok":
             raise ValueError(f"the tower gives {visual.pool_type!r} of its queries; expected the first one ('tok')")
         refuse_unknown(visual.attn_pool, ("query", "attn", "ln_q", "ln_k"), "attn_pool")
         _check_attention(visual.attn_pool.attn, "attn_pool.attn")
+        tower, where, width = _CoCaTower, "attn_pool", visual.class_embedding.shape[-1]
     elif hasattr(visual, "trunk"):
         check_timm_vit(visual.trunk)
         pool = visual.trunk.attn_pool
         refuse_unknown(pool, _LATENT, "trunk.attn_pool")
         if pool.latent_len != 1 or pool.pool != "token":
             raise ValueError(f"trunk.attn_pool has {pool.latent_len} queries (pool {pool.pool!r}); expected one")
+        tower, where, width = _TimmTower, "trunk.attn_pool", visual.trunk.num_features
     else:
         check_transformers(visual)
         head = transformers_inner(visual).head
         refuse_unknown(head, ("probe", "attention", "layernorm", "mlp"), "head")
         _check_attention(head.attention, "head.attention")
+        tower, where, width = _TransformersTower, "head", head.probe.shape[-1]
+    prove_pool(patched_copy(visual, tower), (1, _CELLS[0] * _CELLS[1], width), _CELLS, where)
 
 
 def patch(visual: Any, start_layer: int) -> None:
