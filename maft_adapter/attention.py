@@ -7,6 +7,7 @@ the oracle of the tests and the yardstick of the benchmark.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -79,20 +80,27 @@ def projections(attn: Any) -> Projections:
     `nn.MultiheadAttention` reads the weight of its `out_proj` and never calls it, so neither is it called here:
     whatever wraps that layer changes as little as in the host.
     """
-    lora = hasattr(attn, "get_delta_weight")
-    base = attn.base_layer if lora else attn
-    weight, out = base.in_proj_weight, base.out_proj
+    if not hasattr(attn, "get_delta_weight"):
+        return _projections_of(attn)
+    # As its own forward does: what is active goes into the weights, the attention computes, and it comes out again.
+    if attn.disable_adapters and attn.merged:
+        attn.unmerge()
+    if attn.disable_adapters or attn.merged:
+        return _projections_of(attn.base_layer)
+    attn.merge(adapter_names=[name for name in attn.active_adapters if name in attn.lora_A])
+    try:
+        return _projections_of(attn.base_layer)
+    finally:
+        attn.unmerge()
+
+
+def _projections_of(attn: Any) -> Projections:
+    weight, bias, out = attn.in_proj_weight, attn.in_proj_bias, attn.out_proj
     if weight is None:
-        weight = base.q_proj_weight, base.k_proj_weight, base.v_proj_weight
-    if not isinstance(base, nn.MultiheadAttention):
-        return Projections(weight, base.in_proj_bias, base.num_heads, out)
-    out_weight = out.weight
-    if lora and not attn.disable_adapters and not attn.merged:
-        # Its own forward adds what is active to the weights, calls the attention, and takes it out again.
-        for adapter in (name for name in attn.active_adapters if name in attn.lora_A):
-            weight = weight + attn.get_delta_weight(adapter)
-            out_weight = out_weight + out.get_delta_weight(adapter)
-    return Projections(weight, base.in_proj_bias, base.num_heads, lambda x: F.linear(x, out_weight, out.bias))
+        weight = attn.q_proj_weight, attn.k_proj_weight, attn.v_proj_weight
+    if isinstance(attn, nn.MultiheadAttention):
+        out = functools.partial(F.linear, weight=out.weight, bias=out.bias)
+    return Projections(weight, bias, attn.num_heads, out)
 
 
 def project(x: Tensor, attn: Projections, first: int, last: int) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -90,11 +91,16 @@ class _AttentionPool(MaskAware):
         patches = rearrange(x, "b c h w -> b (h w) c")
         tokens = torch.cat([patches.mean(1, keepdim=True), patches], dim=1) + position.to(x.dtype)  # (B, 1+hw, C)
         q, k, v = (
-            rearrange(project(t), "b t (h d) -> b h t d", h=self.num_heads)
-            for project, t in ((self.q_proj, tokens[:, :1]), (self.k_proj, tokens), (self.v_proj, tokens))
+            rearrange(_project(layer, t), "b t (h d) -> b h t d", h=self.num_heads)
+            for layer, t in ((self.q_proj, tokens[:, :1]), (self.k_proj, tokens), (self.v_proj, tokens))
         )
         if bias is None:
             bias = x.new_zeros(len(x), 1, 1, tokens.shape[1] - 1)  # of one proposal, the whole image
             return self.forward(x, bias)[:, 0]
         bias = torch.cat([bias.new_zeros(*bias.shape[:3], 1), bias], dim=-1)  # (B, 1, N, 1+hw): its own mean token
-        return self.c_proj(query_attention(q, k, v, bias))  # (B, N, D)
+        return _project(self.c_proj, query_attention(q, k, v, bias))  # (B, N, D)
+
+
+def _project(layer: Any, x: Tensor) -> Tensor:
+    # As the host, which reads the weights of its layers and never calls them.
+    return F.linear(x, layer.weight, layer.bias)

@@ -70,7 +70,7 @@ class ClipBlock(ProposalBlock):
     OPTIONAL = ("ls_1", "ls_2")
     ATTENTION = "attn"
     ATTENTION_NEEDED = ("in_proj_weight", "out_proj", "num_heads")
-    ATTENTION_OPTIONAL = ("in_proj_bias",)
+    ATTENTION_OPTIONAL = ("in_proj_bias", "parametrizations")  # whose weights are read like others
 
     def _project(self: Any, x: Tensor, rope: Any, first: int = 0) -> tuple[Any, Tensor, Tensor]:
         return (None,) * first + project(self.ln_1(x), projections(self.attn), first, 3)  # type: ignore[return-value]

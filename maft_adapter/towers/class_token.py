@@ -179,6 +179,11 @@ class _ClassTokenTower(MaskAwareTower):
             check_block(block, layout, where)
         super()._refuse_changes()
 
+    def _bypassed(self) -> Iterator[tuple[str, Any]]:
+        name = _layout(self).ATTENTION
+        for where, block in _named_blocks(self)[self.start_layer :]:
+            yield f"{where}.{name}", getattr(block, name)
+
     def _embed(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> tokens (B, 1+hw, width)."""
         raise NotImplementedError
@@ -217,9 +222,7 @@ class _ClipTower(ClipViT, _ClassTokenTower):
         return getattr(self.transformer, "grad_checkpointing", False)
 
     def _bypassed(self: Any) -> Iterator[tuple[str, Any]]:
-        yield "transformer", self.transformer
-        for where, block in _named_blocks(self)[self.start_layer :]:
-            yield f"{where}.attn", block.attn
+        yield from (("transformer", self.transformer), *super()._bypassed())
 
     def _head(self: Any, x: Tensor) -> Tensor:
         pooled = self.ln_post(x)
@@ -252,9 +255,7 @@ class _TimmTower(TimmViT, _ClassTokenTower):
         return self.trunk.grad_checkpointing
 
     def _bypassed(self: Any) -> Iterator[tuple[str, Any]]:
-        yield "trunk", self.trunk
-        for where, block in _named_blocks(self)[self.start_layer :]:
-            yield f"{where}.attn", block.attn
+        yield from (("trunk", self.trunk), *super()._bypassed())
 
     def _head(self: Any, x: Tensor) -> Tensor:
         single = self.trunk.norm(x).flatten(0, 1)[:, None]  # (B*N, 1, width): each the class token of its own
@@ -271,11 +272,8 @@ class _TransformersTower(TransformersTower, _ClassTokenTower):
 
     def _bypassed(self: Any) -> Iterator[tuple[str, Any]]:
         inner = transformers_inner(self)
-        if inner is not self:
-            yield "vision_model", inner
-        yield "encoder", inner.encoder
-        for where, block in _named_blocks(self)[self.start_layer :]:
-            yield f"{where}.self_attn", block.self_attn
+        yield from (("vision_model", inner),) if inner is not self else ()
+        yield from (("encoder", inner.encoder), *super()._bypassed())
 
     def _head(self: Any, x: Tensor) -> Tensor:
         pooled = transformers_inner(self).post_layernorm(x)

@@ -9,6 +9,7 @@ which speaks of the whole image. A mask without a patch would leave it nothing, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from einops import rearrange
@@ -108,6 +109,9 @@ class _LearnedQueryTower(MaskAwareTower):
 
 
 class _CoCaTower(PoolingOpenClipViT, _LearnedQueryTower):
+    def _bypassed(self: Any) -> Iterator[tuple[str, Any]]:
+        yield from (("attn_pool", self.attn_pool), ("attn_pool.attn", self.attn_pool.attn))
+
     def _ask_pool(self: Any, patches: Tensor, bias: Tensor) -> Tensor:
         pool = self.attn_pool
         query = pool.ln_q(pool.query[:1]).expand(len(patches), -1, -1)  # (B, 1, width): of all its queries CLIP's
@@ -116,6 +120,9 @@ class _CoCaTower(PoolingOpenClipViT, _LearnedQueryTower):
 
 
 class _TimmTower(PoolingTimmViT, _LearnedQueryTower):
+    def _bypassed(self: Any) -> Iterator[tuple[str, Any]]:
+        yield from (*super()._bypassed(), ("trunk.attn_pool", self.trunk.attn_pool))
+
     def _ask_pool(self: Any, patches: Tensor, bias: Tensor) -> Tensor:
         trunk, pool = self.trunk, self.trunk.attn_pool
         q = pool.q_norm(rearrange(pool.q(pool.latent), "b q (h d) -> b h q d", h=pool.num_heads))  # (1, heads, 1, d)
@@ -140,6 +147,11 @@ class _TransformersTower(TransformersTower, _LearnedQueryTower):
 
     def _pool_image(self: Any, features: tuple[Tensor, ...], grid: tuple[int, int]) -> Tensor:
         return transformers_inner(self).head(features[0])
+
+    def _bypassed(self: Any) -> Iterator[tuple[str, Any]]:
+        inner = transformers_inner(self)
+        yield from (("vision_model", inner),) if inner is not self else ()
+        yield from (("head", inner.head), ("head.attention", inner.head.attention))
 
 
 def _multihead_attention(attn: Any, query: Tensor, patches: Tensor, bias: Tensor) -> Tensor:
