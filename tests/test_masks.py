@@ -5,10 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from maft_adapter.masks import attention_bias, check_masks, masks_on_grid, pad_masks
+from maft_adapter.masks import attention_bias, boxes_to_masks, check_masks, masks_on_grid, mean_weights, pad_masks
 
 
 def bilinear(mask: NDArray[np.float64], grid: tuple[int, int]) -> NDArray[np.float64]:
@@ -140,3 +144,144 @@ def test_check_accepts(masks: Tensor) -> None:
 def test_check_refuses(masks: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         check_masks(masks, batch=2)
+
+
+# Sizes and shares: any masks on any grid
+
+sizes = st.tuples(st.integers(1, 50), st.integers(1, 50))
+grids = st.tuples(st.integers(1, 12), st.integers(1, 12))
+
+
+@given(size=sizes, grid=grids, seed=st.integers(0, 10**6), soft=st.booleans())
+def test_what_is_gathered_is_what_interpolating_whole_masks_gives(
+    size: tuple[int, int], grid: tuple[int, int], seed: int, soft: bool
+) -> None:
+    masks = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(seed))
+    masks = masks if soft else (masks > 0.5).float()
+    whole = F.interpolate(masks, grid, mode="bilinear")
+    clear = (whole - 0.5).abs() > 1e-6  # at one half, rounding decides
+    assert torch.equal(masks_on_grid(masks, grid)[clear], (whole >= 0.5)[clear])
+
+
+def test_ties_fall_as_in_the_authors_code() -> None:
+    """Edges through the centres of cells, where the resized value is one half but for rounding."""
+    for size, cells in ((1024, 30), (480, 30), (120, 30), (768, 30), (512, 24), (427, 30)):
+        edges = torch.arange(size)
+        masks = (torch.arange(size) >= edges[:, None])[None, :, None]  # (1, size, 1, size)
+        whole = F.interpolate(masks.float(), (1, cells), mode="bilinear") >= 0.5
+        assert torch.equal(masks_on_grid(masks, (1, cells)), whole)
+
+
+@given(size=sizes, grid=grids, threshold=st.floats(1e-6, 1), half=st.booleans())
+def test_full_masks_contain_every_patch_at_any_threshold(
+    size: tuple[int, int], grid: tuple[int, int], threshold: float, half: bool
+) -> None:
+    masks = torch.ones(1, 1, *size, dtype=torch.float16 if half else torch.float32)
+    assert masks_on_grid(masks, grid, threshold).all()
+    assert not masks_on_grid(1 - masks, grid, threshold).any()
+
+
+def area(mask: NDArray[np.float64], grid: tuple[int, int], seen: tuple[float, float]) -> NDArray[np.float64]:
+    """Share of every cell inside one mask (H, W): its pixels drawn many times finer, and counted."""
+    (h, w), (height, width) = mask.shape, grid
+    share = np.zeros(grid)
+    for i, j, y, x in np.ndindex(height, width, h, w):
+        overlap = 1.0
+        for index, cells, pixel, pixels, part in ((i, height, y, h, seen[0]), (j, width, x, w, seen[1])):
+            cell = pixels * part / cells
+            overlap *= max(0.0, min((index + 1) * cell, pixel + 1) - max(index * cell, pixel)) / cell
+        share[i, j] += overlap * mask[y, x]
+    return share
+
+
+@pytest.mark.parametrize("seen", [(1.0, 1.0), (378 / 384, 0.75)])
+@pytest.mark.parametrize(("size", "grid"), [((8, 8), (3, 5)), ((3, 2), (7, 4)), ((6, 9), (3, 3)), ((5, 1), (2, 2))])
+def test_mean_weights_are_exact_areas(size: tuple[int, int], grid: tuple[int, int], seen: tuple[float, float]) -> None:
+    masks = torch.rand(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weights = mean_weights(masks, grid, seen)
+    assert weights.dtype == torch.float64
+    for b, n in np.ndindex(2, 3):
+        expected = area(masks[b, n].numpy(), grid, seen)
+        np.testing.assert_allclose(weights[b, n].numpy(), (expected / expected.sum()).flatten(), atol=1e-12)
+    assert mean_weights(masks.half(), grid, seen).dtype == torch.float32
+
+
+def test_mean_weights_have_gradients_also_beside_an_empty_mask_and_without_masks() -> None:
+    masks = torch.rand(1, 3, 6, 6)
+    masks[0, 1] = 0
+    masks.requires_grad_()
+    mean_weights(masks, (2, 2))[..., 0].sum().backward()
+    assert masks.grad is not None
+    assert masks.grad.isfinite().all()
+    assert masks.grad[0, 0].abs().max() > 0
+    none = torch.rand(1, 0, 6, 6, requires_grad=True)
+    mean_weights(none, (2, 2)).sum().backward()
+    assert none.grad is not None
+
+
+@pytest.mark.parametrize("native, stride", [((34, 34), 8), ((50, 34), 16)])
+def test_only_what_the_grid_sees_counts(native: tuple[int, int], stride: int) -> None:
+    grid = native[0] // stride, native[1] // stride
+    seen = grid[0] * stride / native[0], grid[1] * stride / native[1]
+    masks = torch.rand(1, 4, *native, generator=torch.Generator().manual_seed(2)) > 0.5
+    cut = masks[..., : grid[0] * stride, : grid[1] * stride]
+    assert torch.equal(masks_on_grid(masks, grid, seen=seen), masks_on_grid(cut, grid))
+    torch.testing.assert_close(mean_weights(masks, grid, seen), mean_weights(cut, grid))
+    fine = masks.repeat_interleave(3, 2).repeat_interleave(3, 3)  # of another resolution than the image
+    torch.testing.assert_close(mean_weights(fine, grid, seen), mean_weights(cut, grid))
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that is made inside, in bytes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not any(out.data_ptr() == x.data_ptr() for x in args if isinstance(x, Tensor)):
+            self.size = max(self.size, out.numel() * out.element_size())
+        return out
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_large_masks_are_never_converted_whole(expanded: bool) -> None:
+    masks = torch.zeros(1, 20, 3000, 1000, dtype=torch.bool)  # 60 MB
+    masks[..., :1500, :] = True
+    masks = masks[:, :1].expand(-1, 20, -1, -1) if expanded else masks
+    with Largest() as made:
+        attention_bias(masks, (30, 30), torch.float32)
+    assert made.size < 2**20
+    with Largest() as made:
+        mean_weights(masks, (30, 30))
+    assert made.size <= 2**26
+
+
+# Boxes
+
+
+def test_boxes_contain_the_pixels_whose_centres_lie_in_them() -> None:
+    boxes = torch.tensor(
+        [[0, 0, 6, 4], [1, 2, 3, 4], [0.4, 0.6, 1.6, 1.4], [2, 2, 2, 3], [-5, -5, 2, 1], [5, 3, 50, 50]]
+    )
+    masks = boxes_to_masks(boxes, (4, 6))
+    assert masks.shape == (6, 4, 6)
+    for mask, (x1, y1, x2, y2) in zip(masks, boxes.tolist(), strict=True):
+        for y, x in np.ndindex(4, 6):
+            assert mask[y, x] == (x1 <= x + 0.5 < x2 and y1 <= y + 0.5 < y2)
+    assert torch.equal(boxes_to_masks(boxes[None].int(), (4, 6)), boxes_to_masks(boxes.int(), (4, 6))[None])
+    assert boxes_to_masks(torch.zeros(0, 4), (4, 6)).shape == (0, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "error", "message"),
+    [
+        ([[0, 0, 1, 1]], TypeError, "boxes are a tensor of numbers (N, 4), got list"),
+        (torch.ones(2, 4).bool(), TypeError, "got torch.bool"),
+        (torch.ones(2, 5), ValueError, "boxes are (N, 4) XYXY in pixels, got (2, 5)"),
+        (torch.tensor([[0.0, 0, 1, 1], [5, 5, 2, 2]]), ValueError, "box [5.0, 5.0, 2.0, 2.0] is not XYXY"),
+        (torch.tensor([[0.0, 0, 1, float("nan")]]), ValueError, "is not XYXY"),
+    ],
+)
+def test_what_are_no_boxes_is_refused(boxes: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        boxes_to_masks(boxes, (4, 6))
