@@ -12,7 +12,7 @@ from maft_adapter import encode_features, encode_image, encode_masks, encode_mas
 from maft_adapter.attention import dense_bias
 from maft_adapter.masks import attention_bias
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "hidden_size": WIDTH,
     "intermediate_size": 2 * WIDTH,
     "num_hidden_layers": DEPTH,
@@ -84,7 +84,7 @@ def test_the_model_itself_is_refused_with_the_cure(kind: str) -> None:
         TypeError, match=r"is a whole model; pass its image tower: make_mask_aware\(model.vision_model\)"
     ):
         make_mask_aware(model)
-    with pytest.raises(TypeError, match="clip_model.vision_model is not mask-aware; call make_mask_aware"):
+    with pytest.raises(TypeError, match=r"clip_model\.vision_model is not mask-aware; call make_mask_aware"):
         encode_masks(model, IMAGES, MASKS)
 
 
