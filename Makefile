@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: help install test lint types notebooks demo benchmark coverage ci
+.PHONY: help install test lint types fuzz notebooks demo benchmark coverage ci
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,6 +17,9 @@ lint:  ## ruff: rules and formatting
 
 types:  ## mypy
 	$(PYTHON) -m mypy
+
+fuzz:  ## the property tests with 10,000 examples each
+	HYPOTHESIS_PROFILE=fuzz $(PYTHON) -m pytest tests -m hypothesis
 
 notebooks:  ## run every notebook
 	$(PYTHON) -m pytest --nbmake examples/*.ipynb

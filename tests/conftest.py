@@ -1,12 +1,18 @@
 """Small image towers with random weights in both layouts, open_clip's and OpenAI's."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor, nn
 from zoo import DEPTH, DIM, HEADS, PATCH, WIDTH, OpenAITower, open_clip_tower, randomize
+
+settings.register_profile("fast", max_examples=30, deadline=None, derandomize=True)
+settings.register_profile("fuzz", max_examples=10_000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 LAYOUTS: dict[str, Callable[[], nn.Module]] = {
     "open_clip": open_clip_tower,

@@ -57,7 +57,8 @@ def test_masks_of_a_whole_model(kind: str) -> None:
     model = whole(kind)
     expected_image = image_features(model)
     expected = dense(model, 1) if kind in WITH_CLASS_TOKEN else None
-    make_mask_aware(model.vision_model, **({"start_layer": 1} if kind in WITH_CLASS_TOKEN else {}))
+    settings: dict[str, Any] = {"start_layer": 1} if kind in WITH_CLASS_TOKEN else {}
+    make_mask_aware(model.vision_model, **settings)
     assert torch.equal(image_features(model), expected_image)  # it stays itself
     embeddings, image = encode_masks_and_image(model, IMAGES, MASKS)
     assert embeddings.shape == (2, 5, expected_image.shape[1])  # as wide as the text's: projected
