@@ -64,6 +64,13 @@ def changed(change: Callable[[Any, Any], Any]) -> Callable[[Any], None]:
     return lie
 
 
+def is_class_token(y: torch.Tensor) -> torch.Tensor:
+    """Of one image's tokens (1, T, D) or (T, 1, D)."""
+    first = torch.zeros_like(y, dtype=torch.bool)
+    first.narrow(0 if y.shape[1] == 1 else 1, 0, 1).fill_(True)
+    return first
+
+
 def scaled_logits(block: Any) -> None:
     attn = getattr(block, "attn", None) or block.self_attn
     if isinstance(attn, nn.MultiheadAttention):
@@ -102,6 +109,8 @@ LIES: dict[str, Callable[[Any], None]] = {
     "residual twice": changed(lambda y, x: y + x),
     "one feature swapped": changed(lambda y, x: torch.cat([y[..., 1:2], y[..., :1], y[..., 2:]], dim=-1)),
     "a tenth of a percent": changed(lambda y, x: 1.001 * y),
+    "class token alone": changed(lambda y, x: y + 0.05 * is_class_token(y)),
+    "patches alone": changed(lambda y, x: y + 0.05 * ~is_class_token(y)),
     "scaled logits": scaled_logits,
 }
 

@@ -541,6 +541,7 @@ def test_masks_asked_of_kept_features(tower: Any, kind: Kind, name: str, images:
     for x in (images, random_images(kind.other if name in OF_ANY_SIZE else kind.size)):
         features = encode_features(clip, x)
         assert len(features) == 2
+        assert features.nbytes == sum(tensor.untyped_storage().nbytes() for tensor in features.tensors)  # nothing else
         assert torch.equal(encode_masks(clip, features, masks), tower(x, masks))
         assert torch.equal(tower(features, masks[:, :2]), tower(x, masks[:, :2]))
         embeddings, image = encode_masks_and_image(clip, features, masks)
