@@ -90,7 +90,7 @@ def test_missing_extras_are_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name in ("skimage", "tqdm") else find(name))
+    monkeypatch.setattr(cli.demo, "find_spec", lambda name: None if name in ("skimage", "tqdm") else find(name))
     assert cli.main(["demo", "--out", str(tmp_path / "out")]) == 1
     assert "the demo needs skimage, tqdm: pip install 'maft-adapter[demo]'" in capsys.readouterr().err
     assert not calls and not (tmp_path / "out").exists()

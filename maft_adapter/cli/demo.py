@@ -1,27 +1,18 @@
-"""The command line: `maft-adapter demo`."""
+"""`maft-adapter demo`: the paper's Table 4(a) on the embedded world."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-_DEMO_MODULES = ("matplotlib", "safetensors", "skimage", "torchmetrics", "torchvision", "tqdm")
+_MODULES = ("matplotlib", "safetensors", "skimage", "torchmetrics", "torchvision", "tqdm")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status.
-
-    Args:
-        argv: the arguments after the program's name; by default those of the process.
-
-    Returns:
-        0; 1 if a library is missing; 130 after Ctrl-C. Wrong arguments exit with 2, as argparse does.
-    """
-    parser = argparse.ArgumentParser(prog="maft-adapter", description="Mask-aware CLIP (MAFT, NeurIPS 2023).")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+def add(commands: Any) -> None:
+    """Add the command to argparse's sub-parsers."""
     demo = commands.add_parser(
         "demo",
         help="the paper's Table 4(a) on an embedded world, with pictures",
@@ -47,26 +38,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=Path("maft-demo"), metavar="DIR",
         help="folder to write to, made if it is missing (default: %(default)s)",
     )  # fmt: skip
-    arguments = parser.parse_args(argv)
+    demo.set_defaults(run=run, error=demo.error)
 
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run it; returns the exit status."""
     if arguments.seeds is not None and arguments.seeds < 1:
-        demo.error(f"--seeds {arguments.seeds}: expected at least 1")
+        arguments.error(f"--seeds {arguments.seeds}: expected at least 1")
     if arguments.seed < 0:
-        demo.error(f"--seed {arguments.seed}: expected at least 0")
-    missing = [name for name in _DEMO_MODULES if find_spec(name) is None]
+        arguments.error(f"--seed {arguments.seed}: expected at least 0")
+    missing = [name for name in _MODULES if find_spec(name) is None]
     if missing:
         print(f"the demo needs {', '.join(missing)}: pip install 'maft-adapter[demo]'", file=sys.stderr)
         return 1
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        demo.error(f"--out {arguments.out}: can't be made a folder ({error.strerror})")
+        arguments.error(f"--out {arguments.out}: can't be made a folder ({error.strerror})")
     seeds = [arguments.seed] if arguments.seeds is None else range(arguments.seeds)
-    try:
-        from .shapes.demo import run_demo
+    from ..shapes.demo import run_demo
 
-        run_demo(arguments.out, seeds, quick=arguments.quick, start_layer=arguments.start_layer)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    run_demo(arguments.out, seeds, quick=arguments.quick, start_layer=arguments.start_layer)
     return 0
