@@ -696,7 +696,7 @@ def test_damaged_settings(path: Path, header: str, key: str) -> None:
 
 # Any weights, and any bytes in place of a file
 
-in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
@@ -740,7 +740,12 @@ def test_any_weights_come_back_from_wherever_they_lie(path: Path, data: st.DataO
         for part in data.draw(st.lists(st.sampled_from(["module", "state_dict", "IPCLIP", "_orig_mod"]), max_size=3)):
             content = {part: content} if data.draw(st.booleans()) else prefixed(f"{part}.", content)
         if data.draw(st.booleans()):
-            content = {"model": content, "epoch": 3, "optimizer": {"state": {0: torch.ones(2)}}, "scale": torch.ones(())}
+            content = {
+                "model": content,
+                "epoch": 3,
+                "optimizer": {"state": {0: torch.ones(2)}},
+                "scale": torch.ones(()),
+            }
         torch.save(content, path, _use_new_zipfile_serialization=data.draw(st.booleans()))
     load_visual(loaded, path)
     assert equal(state(loaded), weights)

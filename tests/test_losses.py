@@ -170,6 +170,13 @@ def test_rows_of_next_to_nothing_have_finite_gradients(dtype: torch.dtype) -> No
             torch.testing.assert_close(normalized.detach(), (row / row.max()).to(normalized.dtype), atol=4e-3, rtol=0)
 
 
+def test_spreads_of_next_to_nothing_stay() -> None:
+    """At most 1e-19, or within rounding: 1e-5 of the maximum."""
+    iou = torch.tensor([[0, 0.9e-19], [0, 1.2e-19], [0.5, 0.500004], [0.5, 0.500006]])
+    stretched = torch.tensor([[0.0, 1.0]])
+    assert torch.equal(min_max_normalize(iou), torch.cat([iou[:1], stretched, iou[2:3], stretched]))
+
+
 def test_normalize_refuses_a_batch() -> None:
     with pytest.raises(ValueError, match=r"iou \(K, N\).*\(2, 3, 4\)"):
         min_max_normalize(torch.rand(2, 3, 4))
