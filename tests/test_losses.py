@@ -172,7 +172,7 @@ def test_rows_of_next_to_nothing_have_finite_gradients(dtype: torch.dtype) -> No
 
 def test_spreads_of_next_to_nothing_stay() -> None:
     """At most 1e-19, or within rounding: 1e-5 of the maximum."""
-    iou = torch.tensor([[0, 0.9e-19], [0, 1.2e-19], [0.5, 0.500004], [0.5, 0.500006]])
+    iou = torch.tensor([[0, 1e-19], [0, 1.2e-19], [0.5, 0.500004], [0.5, 0.500006]])
     stretched = torch.tensor([[0.0, 1.0]])
     assert torch.equal(min_max_normalize(iou), torch.cat([iou[:1], stretched, iou[2:3], stretched]))
 
