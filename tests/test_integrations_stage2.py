@@ -150,11 +150,14 @@ def test_prepare_refuses_and_changes_nothing(build: Any) -> None:
     assert [p.requires_grad for p in model.parameters()] == flags
 
 
-def test_the_launcher_without_a_script(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_launcher_without_a_script(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     stage2.main(HOST, [])
     assert "MODEL.MAFT.START_LAYER 8" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"missing\.py is no file; the first argument is the host's train_net\.py"):
         stage2.main(HOST, ["missing.py"])
+    monkeypatch.setattr(sys, "argv", ["python -m", "other.py", "--config-file", "x"])
+    with pytest.raises(SystemExit, match=r"other\.py is no file"):
+        stage2.main(HOST)
 
 
 def test_export_to_another_host(build: Any, tmp_path: Path) -> None:
@@ -443,6 +446,65 @@ def test_a_tower_file_of_other_settings_or_none(
         )
     with pytest.raises(ValueError, match=r"MODEL\.MAFT\.TOWER is no\.pth, which is no file"):
         built(architectures, config(TOWER="no.pth"))
+
+
+TRAIN_NET = """
+import beside
+
+def main(args):
+    args.config.merge_from_file(args.config_file)
+    return args.config
+"""
+
+
+def test_train_net_gets_a_config_of_stage_2(
+    architectures: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "train_net", raising=False)
+    (tmp_path / "train_net.py").write_text(TRAIN_NET, encoding="utf-8")
+    (tmp_path / "beside.py").touch()
+    written = {"MODEL": {"MAFT": {"SIZE": 96}}, "DATASETS": {"TRAIN": ["ade20k_full_base_sem_seg_train"]}}
+    (tmp_path / "config.json").write_text(json.dumps(written), encoding="utf-8")
+    merge = Node.merge_from_file
+    args = SimpleNamespace(config=host_config(tmp_path), config_file=tmp_path / "config.json")
+    cfg = stage2.run_train_net("zsseg", str(tmp_path / "train_net.py"), args)
+    assert (cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.MAFT.SIZE, cfg.SOLVER.MAX_ITER) == ("MAFT_zsseg", 96, 5000)
+    assert "MAFT_zsseg" in architectures
+    args.config_file = tmp_path / "missing.json"
+    with pytest.raises(FileNotFoundError):
+        stage2.run_train_net("zsseg", str(tmp_path / "train_net.py"), args)
+    assert Node.merge_from_file is merge
+    (tmp_path / "train_net.txt").touch()
+    with pytest.raises(ValueError, match=r"train_net\.txt is no Python file; give the train_net\.py of zsseg"):
+        stage2.run_train_net("zsseg", str(tmp_path / "train_net.txt"), args)
+
+
+def test_zegformers_configs_of_stage_1_get_a_clip(architectures: Registry, tmp_path: Path) -> None:
+    from maft_adapter.integrations import zegformer
+
+    cfg = host_config(tmp_path)
+    cfg.MODEL.SEM_SEG_HEAD = Node(CLIP_CLASSIFICATION=False)
+    zegformer.add_maft_config(cfg)
+    assert cfg.MODEL.SEM_SEG_HEAD.CLIP_CLASSIFICATION
+
+
+@pytest.mark.parametrize(
+    ("train", "known", "times"),
+    [
+        ("ade20k_full_base_sem_seg_train", [], 1),
+        ("ade20k_full_base_sem_seg_train", ["ade20k_full_base_sem_seg_train"], 0),
+        ("voc_base_sem_seg_train", [], 0),
+    ],
+)
+def test_ade20k_847_is_registered_where_a_config_names_it(
+    architectures: Registry, config: Any, monkeypatch: pytest.MonkeyPatch, train: str, known: list[str], times: int
+) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr("maft_adapter.data.register_ade20k_847", lambda: calls.append(None))
+    monkeypatch.setattr(sys.modules["detectron2.data"], "DatasetCatalog", known)
+    built(architectures, config(train))
+    assert len(calls) == times
 
 
 # What the READMEs say.

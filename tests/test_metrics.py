@@ -127,6 +127,12 @@ def test_no_unseen_classes() -> None:
     assert np.isnan([scores["miou_unseen"], scores["hiou"]]).all()
 
 
+def test_one_class_is_enough() -> None:
+    metrics = SegmentationMetrics(1, unseen=[])
+    metrics.update(torch.tensor([[[0, 255]]]), torch.tensor([[[0, 0]]]))
+    assert metrics.compute()["iou"] == [50]
+
+
 MAP = torch.zeros(1, 2, 2, dtype=torch.long)
 
 
