@@ -71,6 +71,7 @@ class Sam:
                 raise ValueError(f"{name} is {value!r}, expected a number in [0, 1]")
         network, processor, source = _load(AutoModelForMaskGeneration, model, ("sam", "sam2", "sam2_video"))
         self._pipeline = _MaskGeneration(model=network, image_processor=processor, device=device)
+        self._size = processor.size
         self.settings = f"sam: {source} " + " ".join(f"{name}={value}" for name, value in self._options.items())
 
     def __call__(self, picture: NDArray[np.uint8], name: str = "") -> Proposals:
@@ -83,8 +84,14 @@ class Sam:
         Returns:
             Proposals with bool masks. Their scores are the predicted IoU, an estimate that may leave [0, 1] a little
             and is cut to it.
+
+        Raises:
+            ValueError: a picture so narrow that it vanishes at the size at which the model sees it.
         """
         height, width = picture.shape[:2]
+        longest = self._size.get("longest_edge") or self._size["height"]
+        if longest * min(height, width) < max(height, width) / 2:
+            raise ValueError(f"picture is {height} x {width}: {longest} pixels long it would be none wide; cut it up")
         # Three masks a point come at the picture's size before most are left out.
         points = max(1, min(64, _AT_ONCE // (3 * height * width)))
         found: Any = self._pipeline(Image.fromarray(picture), points_per_batch=points, **self._options)
@@ -102,15 +109,14 @@ class _MaskGeneration(MaskGenerationPipeline):
         """
         batches = list(super().preprocess(input_, **preprocess_parameters))
         processor: Any = self.image_processor
-        size = processor.size
-        if size.get("height"):
-            square = torch.tensor([size["width"], size["height"]])
+        if processor.size.get("height"):
+            square = torch.tensor([processor.size["width"], processor.size["height"]])
             points = torch.cat([batch["input_points"] for batch in batches], dim=1)  # (1, P, 1, 2), x and y
             nearest, farthest = points.amin((0, 1, 2)), points.amax((0, 1, 2))
             # Of a grid, the margins at both ends are equal.
             for batch in batches:
                 batch["input_points"] = batch["input_points"] * square / (nearest + farthest)
-        return batches
+        return iter(batches)
 
 
 class Mask2Former:
