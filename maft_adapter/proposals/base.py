@@ -90,7 +90,9 @@ def check_size(found: Sequence[int], size: Sequence[int]) -> None:
 
 
 def _check_unit_range(name: str, values: NDArray[Any], cure: str) -> None:
-    low, high = values.min(initial=1), values.max(initial=0)
+    if not values.size:
+        return
+    low, high = values.min(), values.max()
     if not (low >= 0 and high <= 1):  # also catches NaN
         raise ValueError(f"{name} must lie in [0, 1], got values from {low:.4g} to {high:.4g}: {cure}")
 

@@ -226,7 +226,7 @@ def from_detections(detections: supervision.Detections, size: tuple[int, int]) -
     return proposals
 
 
-def from_boxes(boxes: NDArray[Any] | torch.Tensor, size: tuple[int, int]) -> Proposals:
+def from_boxes(boxes: NDArray[Any], size: tuple[int, int]) -> Proposals:
     """Boxes -> proposals, filled rectangles, as `masks.boxes_to_masks` draws them.
 
     Args:
@@ -244,7 +244,7 @@ def from_boxes(boxes: NDArray[Any] | torch.Tensor, size: tuple[int, int]) -> Pro
         >>> from_boxes(np.array([[0, 0, 2, 1]]), (2, 3)).masks.astype(int).tolist()
         [[[1, 1, 0], [0, 0, 0]]]
     """
-    return Proposals(boxes_to_masks(torch.as_tensor(boxes), size).numpy())
+    return Proposals(boxes_to_masks(torch.from_numpy(np.array(boxes)), size).numpy())
 
 
 def _runs(counts: str | bytes | Sequence[int]) -> NDArray[np.int64] | None:
