@@ -29,7 +29,7 @@ def test_rle_is_pycocotools_and_gives_the_masks_back(masks: NDArray[np.bool_]) -
         assert rle == {"size": list(mask.shape), "counts": rle["counts"]} and isinstance(rle["counts"], str)
     assert np.array_equal(from_rle(rles), masks)
     as_bytes = [{"size": rle["size"], "counts": rle["counts"].encode()} for rle in rles]
-    assert np.array_equal(from_rle(as_bytes, masks.shape[1:]), masks)  # type: ignore[arg-type]
+    assert np.array_equal(from_rle(as_bytes, masks.shape[1:]), masks)
 
 
 @given(st.lists(st.integers(0, 50_000), min_size=1, max_size=30))

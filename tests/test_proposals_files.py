@@ -98,6 +98,11 @@ def test_panoptic_of_coco(tmp_path: Path) -> None:
     path = write_json(tmp_path / "panoptic.json", content)
     assert np.array_equal(read(path).masks, MASKS[[1, 0]])
 
+    content["annotations"].append({"image_id": 5, "segments_info": segments})
+    write_json(path, content)
+    with pytest.raises(ValueError, match=r"panoptic.json gives no masks: entry 1 of 'annotations' has no file_name"):
+        Files(path)
+    write_json(path, {**content, "annotations": content["annotations"][:1]})
     settings = Files(path).settings
     Image.new("RGB", (WIDTH, HEIGHT)).save(png)
     assert Files(path).settings != settings

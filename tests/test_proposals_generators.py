@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
+import transformers as hugging_face
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,11 +19,12 @@ from maft_adapter.proposals import generators as generators_module
 from maft_adapter.proposals.generators import Mask2Former, Sam
 
 SIDE = 64
+transformers: Any = hugging_face  # its configurations take more than their signatures say
 DECODER = {
     "hidden_size": 16, "mlp_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "iou_head_hidden_dim": 16
 }  # fmt: skip
 PROMPTS = {"hidden_size": 16, "image_size": SIDE, "patch_size": 16, "mask_input_channels": 4}
-SWIN = {
+SWIN: dict[str, Any] = {
     "image_size": 32, "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4, "window_size": 2,
     "out_features": ["stage1", "stage2", "stage3", "stage4"],
 }  # fmt: skip

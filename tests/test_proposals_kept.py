@@ -1,5 +1,6 @@
 """Proposals kept on disk: found again, damaged, stale, shared."""
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -159,8 +160,18 @@ def test_a_folder_that_can_not_be_written_is_named(tmp_path: Path, monkeypatch: 
     for folder in (tmp_path / "file", tmp_path / "file" / "folder"):
         with pytest.raises(OSError, match=rf"proposals can't be kept in .*{folder.name}: "):
             Kept(Superpixels(), folder)
+    kept = Kept(Superpixels(), tmp_path / "full")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"proposals can't be kept in .*full: No space left on device") as caught:
+            kept(PICTURE)
+    assert caught.value.errno == errno.ENOSPC and not entries(tmp_path / "full")
     monkeypatch.setattr(os, "access", lambda *_: False)  # tests may run as root, who may write anywhere
-    with pytest.raises(PermissionError, match="it can't be written to"):
+    with pytest.raises(PermissionError, match=r"can't be kept in .*folder: it can't be written to"):
         Kept(Superpixels(), tmp_path / "folder")
 
 

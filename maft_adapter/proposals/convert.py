@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -139,19 +139,18 @@ def from_sam(records: Sequence[Mapping[str, Any]], size: tuple[int, int] | None 
         >>> from_sam([{"segmentation": np.eye(3, dtype=bool), "predicted_iou": 0.9}]).scores
         array([0.9], dtype=float32)
     """
-    masks: list[NDArray[np.bool_]] = []
     for i, record in enumerate(records):
         if not isinstance(record, Mapping) or "segmentation" not in record:
             raise TypeError(f"record {i} is {record!r:.60}, expected a dictionary with a 'segmentation'")
-        masks.append(mask_of(record["segmentation"], f"record {i}", size))
-        size = size or masks[0].shape
     if size is None:
-        raise ValueError("there are no records to tell the size of the masks: give size=(H, W)")
-    scores = scores_of(records, "predicted_iou")
-    return Proposals(
-        np.stack(masks) if masks else np.zeros((0, *size), bool),
-        None if scores is None else scores.clip(0, 1),
+        if not records:
+            raise ValueError("there are no records to tell the size of the masks: give size=(H, W)")
+        size = mask_of(records[0]["segmentation"], "record 0", None).shape
+    masks = stack(
+        (mask_of(record["segmentation"], f"record {i}", size) for i, record in enumerate(records)), len(records), size
     )
+    scores = scores_of(records, "predicted_iou")
+    return Proposals(masks, None if scores is None else scores.clip(0, 1))
 
 
 def mask_of(segmentation: Any, owner: str, size: tuple[int, int] | None) -> NDArray[np.bool_]:
@@ -174,6 +173,16 @@ def mask_of(segmentation: Any, owner: str, size: tuple[int, int] | None) -> NDAr
         return from_coco(segmentation, size)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{owner}: {error}") from error
+
+
+def stack(masks: Iterable[NDArray[np.bool_]], count: int, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """N masks (H, W), which need not be there at the same time -> (N, H, W).
+
+    Example:
+        >>> stack(iter([]), 0, (2, 3)).shape
+        (0, 2, 3)
+    """
+    return np.fromiter(masks, np.dtype((bool, size)), count)
 
 
 def scores_of(records: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float32] | None:

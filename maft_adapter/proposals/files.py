@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..extras import extra
-from .base import Proposals, check_proposals, fingerprint
-from .convert import from_sam, mask_of, scores_of
+from .base import Proposals, check_proposals, check_size, fingerprint
+from .convert import from_sam, mask_of, scores_of, stack
 
 _SUFFIXES = (".json", ".png", ".npy", ".npz", "")  # the last one is a folder
 
@@ -131,6 +131,7 @@ class _Coco:
         for annotation in _entries(content, "annotations", {"image_id"}):
             self.annotations[annotation["image_id"]].append(annotation)
         if any("segments_info" in annotation for annotation in content["annotations"]):
+            _entries(content, "annotations", {"file_name", "segments_info"})
             self.folder = path.with_suffix("")
             if not self.folder.is_dir():
                 raise FileNotFoundError(f"it is a panoptic segmentation, but there is no folder {self.folder}")
@@ -140,20 +141,14 @@ class _Coco:
         annotations = self.annotations[image["id"]]
         path = self.folder / annotations[0]["file_name"] if self.folder and annotations else self.path
         with _reading(path):
-            # Polygons and no annotations at all don't tell a size.
-            no_masks = np.zeros((0, image["height"], image["width"]), bool)
-            check_proposals(Proposals(no_masks), size)
-            if not annotations:
-                return Proposals(no_masks)
-            if self.folder:
+            check_size((image["height"], image["width"]), size)  # polygons don't tell it
+            if self.folder and annotations:
                 proposals = Proposals(_panoptic(path, annotations))
             else:
-                owners = [f"annotation {annotation.get('id')} of {name!r}" for annotation in annotations]
-                masks = [
-                    mask_of(annotation.get("segmentation"), owner, size)
-                    for annotation, owner in zip(annotations, owners, strict=True)
-                ]
-                proposals = Proposals(np.stack(masks), scores_of(annotations, "score"))
+                masks = (
+                    mask_of(a.get("segmentation"), f"annotation {a.get('id')} of {name!r}", size) for a in annotations
+                )
+                proposals = Proposals(stack(masks, len(annotations), size), scores_of(annotations, "score"))
             check_proposals(proposals, size)
         return proposals
 
@@ -214,8 +209,7 @@ def _read_json(path: Path) -> _Coco | list[Any]:
 def _read(path: Path, size: tuple[int, int]) -> Proposals:
     if path.is_dir():
         files = sorted(path.glob("*.png"), key=lambda file: (len(file.stem), file.stem))
-        masks = [_read_mask(file) for file in files]
-        return Proposals(np.stack(masks) if masks else np.zeros((0, *size), bool))
+        return Proposals(stack((_read_mask(file, size) for file in files), len(files), size))
     if path.suffix == ".png":
         return Proposals(_masks_of_ids(_read_png(path)))
     content = np.load(path)
@@ -267,8 +261,9 @@ def _read_png(path: Path) -> NDArray[Any]:
         return np.asarray(image).astype(np.int32)
 
 
-def _read_mask(path: Path) -> NDArray[np.bool_]:
+def _read_mask(path: Path, size: tuple[int, int]) -> NDArray[np.bool_]:
     values = _read_png(path)
+    check_size(values.shape, size)
     found = np.unique(values)
     if (found != 0).sum() > 1:
         raise ValueError(f"{path.name} has values {found[:4].tolist()} ..., expected 0 and one other: binarize it")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..extras import extra
 from .base import Proposals, fingerprint
+from .convert import stack
 
 with extra("sam"):
     from PIL import Image
@@ -38,9 +39,9 @@ class Sam:
             folder that `save_pretrained` wrote.
         device: that it runs on.
         points_per_side: of the grid.
-        pred_iou_thresh: in [0, 1]; masks whose predicted IoU is not above it are left out.
+        pred_iou_thresh: in [0, 1]; masks whose predicted IoU is not above it are left out. 0 keeps all.
         stability_score_thresh: in [0, 1]; masks that change more than this allows with the threshold of their logits
-            are left out.
+            are left out. 0 keeps all.
         box_nms_thresh: in [0, 1]; of two masks whose boxes overlap more than this the one with the better predicted
             IoU is kept.
 
@@ -95,19 +96,19 @@ class Sam:
         # Three masks a point come at the picture's size before most are left out.
         points = max(1, min(64, _AT_ONCE // (3 * height * width)))
         found: Any = self._pipeline(Image.fromarray(picture), points_per_batch=points, **self._options)
-        masks = [mask.numpy() for mask in found["masks"]]  # (H, W) bool each
+        masks = stack((mask.numpy() for mask in found["masks"]), len(found["masks"]), (height, width))
         scores = found["scores"].float().clamp(0, 1).cpu().numpy()
-        return Proposals(np.stack(masks) if masks else np.zeros((0, height, width), bool), scores)
+        return Proposals(masks, scores)
 
 
 class _MaskGeneration(MaskGenerationPipeline):
-    def preprocess(self, input_: Any, **preprocess_parameters: Any) -> Any:
+    def preprocess(self, *args: Any, **kwargs: Any) -> Any:
         """Batches of points all over the picture.
 
         SAM 2 sees it as a square, but the pipeline puts its points as if the aspect were kept: of a picture twice as
         wide as high, only the upper half would be asked for.
         """
-        batches = list(super().preprocess(input_, **preprocess_parameters))
+        batches = list(super().preprocess(*args, **kwargs))
         processor: Any = self.image_processor
         if processor.size.get("height"):
             square = torch.tensor([processor.size["width"], processor.size["height"]])

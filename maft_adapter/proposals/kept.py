@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +54,10 @@ class Kept:
     def __init__(self, proposer: Proposer, folder: str | os.PathLike[str]) -> None:
         self.proposer = proposer
         self.folder = Path(folder)
-        try:
+        with _keeping(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise type(error)(f"proposals can't be kept in {folder}: {error.strerror}") from error
-        if not os.access(self.folder, os.W_OK | os.X_OK):
-            raise PermissionError(f"proposals can't be kept in {folder}: it can't be written to")
+            if not os.access(self.folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "it can't be written to")
 
     @property
     def settings(self) -> str:
@@ -87,9 +88,18 @@ class Kept:
         proposals = self.proposer(picture, name)
         check_proposals(proposals, size)
         content = _pack(proposals)
-        path.parent.mkdir(exist_ok=True)
-        replace_file(path, _digest(key.digest(), content) + content)
+        with _keeping(self.folder):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, _digest(key.digest(), content) + content)
         return _unpack(content)
+
+
+@contextmanager
+def _keeping(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(error.errno, f"proposals can't be kept in {folder}: {error.strerror}") from error
 
 
 def _digest(key: bytes, content: bytes) -> bytes:
