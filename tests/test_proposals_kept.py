@@ -3,7 +3,10 @@
 import errno
 import multiprocessing
 import os
+import re
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -173,6 +176,34 @@ def test_a_folder_that_can_not_be_written_is_named(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "access", lambda *_: False)  # tests may run as root, who may write anywhere
     with pytest.raises(PermissionError, match=r"can't be kept in .*folder: it can't be written to"):
         Kept(Superpixels(), tmp_path / "folder")
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (5, 8), (5, 8, 4), (3, 5, 8)])
+def test_what_is_no_picture_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    for proposer in (Superpixels(), Files(tmp_path), Kept(Superpixels(), tmp_path)):
+        with pytest.raises(ValueError, match=re.escape(f"uint8 RGB of at least one pixel, got {shape} uint8")):
+            proposer(np.zeros(shape, np.uint8), "dog.jpg")
+
+
+def test_a_missing_library_names_the_extra() -> None:
+    program = """
+import sys
+for library in ("pycocotools", "transformers", "skimage"):
+    sys.modules[library] = None  # as if it were not installed
+from maft_adapter.proposals import proposer
+from maft_adapter.proposals.convert import to_rle
+import numpy as np
+for use in (lambda: to_rle(np.ones((1, 2, 2), bool)), lambda: proposer("sam"), lambda: proposer("superpixels")):
+    try:
+        use()
+    except ModuleNotFoundError as error:
+        print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout.splitlines() == [
+        f'{library} is not installed; run: pip install "maft-adapter[{extra}]"'
+        for library, extra in (("pycocotools", "pictures"), ("transformers", "sam"), ("skimage", "pictures"))
+    ], run.stderr
 
 
 @pytest.mark.parametrize(

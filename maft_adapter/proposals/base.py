@@ -41,6 +41,14 @@ class Proposer(Protocol):
         ...
 
 
+def check_picture(picture: NDArray[np.uint8]) -> None:
+    """Raise ValueError unless the picture is (H, W, 3) uint8 of at least one pixel."""
+    shape: tuple[int, ...] = getattr(picture, "shape", ())
+    dtype = getattr(picture, "dtype", type(picture).__name__)
+    if len(shape) != 3 or shape[2] != 3 or dtype != np.uint8 or 0 in shape:
+        raise ValueError(f"a picture is (H, W, 3) uint8 RGB of at least one pixel, got {tuple(shape)} {dtype}")
+
+
 def check_proposals(proposals: Proposals, size: tuple[int, int]) -> None:
     """Raise unless the proposals are what `Proposals` says, for a picture of this size.
 

@@ -39,8 +39,8 @@ def to_rle(masks: NDArray[np.bool_]) -> list[dict[str, Any]]:
     if masks.ndim != 3 or 0 in masks.shape[1:]:
         raise ValueError(f"masks are (N, H, W) of at least one pixel, got {masks.shape}")
     with extra("pictures"):
-        from pycocotools.mask import encode
-    rles = [encode(np.asfortranarray(mask.view(np.uint8))) for mask in masks]
+        from pycocotools import mask as coco
+    rles = [coco.encode(np.asfortranarray(mask.view(np.uint8))) for mask in masks]
     return [{"size": list(masks.shape[1:]), "counts": rle["counts"].decode("ascii")} for rle in rles]
 
 
@@ -66,7 +66,11 @@ def from_rle(rles: Sequence[Mapping[str, Any]], size: tuple[int, int] | None = N
         if not isinstance(rle, Mapping) or not {"size", "counts"} <= rle.keys():
             raise TypeError(f"code {i} is {rle!r:.60}, expected a dictionary with 'size' and 'counts'")
         found = rle["size"]
-        if not isinstance(found, Sequence) or len(found) != 2 or not all(isinstance(n, int) and n > 0 for n in found):
+        if (
+            not isinstance(found, Sequence)
+            or len(found) != 2
+            or not all(isinstance(n, int | np.integer) and n > 0 for n in found)
+        ):
             raise ValueError(f"code {i} is of size {found!r:.60}, expected [height, width]")
         size = size or (found[0], found[1])
         check_size(found, size)
@@ -115,8 +119,8 @@ def from_coco(segmentation: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
         if not numbers or len(points) < 6 or len(points) % 2:
             raise ValueError(f"polygon {polygon!r:.60} is not [x1, y1, x2, y2, ...] of at least three points")
     with extra("pictures"):
-        from pycocotools.mask import frPyObjects, merge
-    return from_rle([merge(frPyObjects(segmentation, *size))], size)[0]
+        from pycocotools import mask as coco
+    return from_rle([coco.merge(coco.frPyObjects(segmentation, *size))], size)[0]
 
 
 def from_sam(records: Sequence[Mapping[str, Any]], size: tuple[int, int] | None = None) -> Proposals:

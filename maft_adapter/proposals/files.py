@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..extras import extra
-from .base import Proposals, check_proposals, check_size, fingerprint
+from .base import Proposals, check_picture, check_proposals, check_size, fingerprint
 from .convert import from_sam, mask_of, scores_of, stack
 
 _SUFFIXES = (".json", ".png", ".npy", ".npz", "")  # the last one is a folder
@@ -81,9 +81,10 @@ class Files:
             name: of its file, with as many of its folders as it takes to tell it from others of this name.
 
         Raises:
-            ValueError: no name; no masks for this picture, or several files of them; masks of another size; or a
-                damaged file, which is named.
+            ValueError: a picture of another form; no name; no masks for this picture, or several files of them; masks
+                of another size; or a damaged file, which is named.
         """
+        check_picture(picture)
         if not name:
             raise ValueError(f"masks in {self.path} are found by the picture's file name: give name=")
         size = picture.shape[:2]
@@ -108,8 +109,8 @@ class Files:
         folders = [part for part in name.parts[:-1] if part not in (name.anchor, "..", ".")]
         for first in range(len(folders) + 1):
             place = self.path.joinpath(*folders[first:])
-            paths = [place / f"{name.stem}{suffix}" for suffix in _SUFFIXES]
-            found = [path for path in paths if (path.is_file() if path.suffix in _SUFFIXES[:-1] else path.is_dir())]
+            paths = {suffix: place / f"{name.stem}{suffix}" for suffix in _SUFFIXES}
+            found = [path for suffix, path in paths.items() if (path.is_file() if suffix else path.is_dir())]
             if len(found) > 1:
                 raise ValueError(f"{str(name)!r} has several files of masks, keep one: {', '.join(map(str, found))}")
             if found:
@@ -188,10 +189,9 @@ def _reading(path: Path) -> Iterator[None]:
     except ModuleNotFoundError:  # an extra that is not installed
         raise
     except Exception as error:
-        reason = (
-            str(error) if isinstance(error, ValueError | TypeError | OSError) else f"{type(error).__name__}: {error}"
-        )
-        raise ValueError(f"{path} gives no masks: {reason}") from error
+        # Of others, such as a KeyError, the message alone says little.
+        kind = "" if isinstance(error, ValueError | TypeError | OSError) else f"{type(error).__name__}: "
+        raise ValueError(f"{path} gives no masks: {kind}{error}") from error
 
 
 def _read_json(path: Path) -> _Coco | list[Any]:

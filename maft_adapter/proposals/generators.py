@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from ..extras import extra
-from .base import Proposals, fingerprint
+from .base import Proposals, check_picture, fingerprint
 from .convert import stack
 
 with extra("sam"):
@@ -61,15 +61,20 @@ class Sam:
     ) -> None:
         if points_per_side < 1:
             raise ValueError(f"points_per_side is {points_per_side!r}, expected at least 1")
+        thresholds = {
+            "pred_iou_thresh": pred_iou_thresh,
+            "stability_score_thresh": stability_score_thresh,
+            "box_nms_thresh": box_nms_thresh,
+        }
+        for name, value in thresholds.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value!r}, expected a number in [0, 1]")
         self._options: dict[str, Any] = {
             "points_per_crop": points_per_side,
             "pred_iou_thresh": pred_iou_thresh,
             "stability_score_thresh": stability_score_thresh,
             "crops_nms_thresh": box_nms_thresh,
         }
-        for name, value in list(self._options.items())[1:]:
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value!r}, expected a number in [0, 1]")
         network, processor, source = _load(AutoModelForMaskGeneration, model, ("sam", "sam2", "sam2_video"))
         self._pipeline = _MaskGeneration(model=network, image_processor=processor, device=device)
         self._size = processor.size
@@ -87,8 +92,9 @@ class Sam:
             and is cut to it.
 
         Raises:
-            ValueError: a picture so narrow that it vanishes at the size at which the model sees it.
+            ValueError: a picture of another form, or so narrow that it vanishes at the size at which the model sees it.
         """
+        check_picture(picture)
         height, width = picture.shape[:2]
         longest = self._size.get("longest_edge") or self._size["height"]
         if longest * min(height, width) < max(height, width) / 2:
@@ -126,7 +132,7 @@ class Mask2Former:
     A picture of H x W pixels takes 4 HW bytes a query: 100 queries of 12 megapixels 4.8 GB.
 
     Args:
-        model: its name on the Hugging Face Hub (`facebook/mask2former-swin-large-coco-panoptic`,
+        model: its name on the Hugging Face Hub (`facebook/mask2former-swin-small-ade-semantic`,
             `facebook/maskformer-swin-base-coco`, ...) or a folder that `save_pretrained` wrote.
         device: that it runs on.
 
@@ -155,8 +161,13 @@ class Mask2Former:
             Proposals with soft masks. The class scores are a softmax over the model's classes and, in the last column,
             "no object". The score is that of the best class times the mean of the mask where it is above 0.5, as in
             the model's own instance segmentation; 0 where it never is.
+
+        Raises:
+            ValueError: a picture of another form.
         """
-        inputs = self._processor(images=Image.fromarray(picture), return_tensors="pt").to(self._network.device)
+        check_picture(picture)
+        inputs = self._processor(images=Image.fromarray(picture), return_tensors="pt")
+        inputs = inputs.to(self._network.device, self._network.dtype)
         outputs = self._network(**inputs)
         seen = inputs["pixel_mask"][0].bool()  # (h', w'), the rest is padding at the right and at the bottom
         height, width = int(seen.any(1).sum()), int(seen.any(0).sum())

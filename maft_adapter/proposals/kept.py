@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint import replace_file
-from .base import Proposals, Proposer, check_proposals
+from .base import Proposals, Proposer, check_picture, check_proposals
 from .convert import from_rle, to_rle
 from .files import Files
 
@@ -68,9 +68,10 @@ class Kept:
         """The proposals of a picture (H, W, 3) uint8 RGB, kept or made now.
 
         Raises:
+            ValueError: a picture of another form.
             OSError: they can't be written or read; and whatever the other proposer raises.
         """
-        size = picture.shape[:2]
+        check_picture(picture)
         about = [_FORMAT, self.settings, name if isinstance(self.proposer, Files) else "", picture.shape, picture.dtype]
         key = hashlib.sha256(repr(about).encode(errors="surrogateescape"))
         key.update(picture.tobytes())
@@ -86,8 +87,9 @@ class Kept:
                 return _unpack(content)
             warnings.warn(f"{path} is damaged; its proposals are made again", stacklevel=2)
         proposals = self.proposer(picture, name)
-        check_proposals(proposals, size)
+        check_proposals(proposals, picture.shape[:2])
         content = _pack(proposals)
+        del proposals  # which may be gigabytes, if soft, before they are there once more
         with _keeping(self.folder):
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, _digest(key.digest(), content) + content)
@@ -113,7 +115,9 @@ def _pack(proposals: Proposals) -> bytes:
         codes = "\n".join(rle["counts"] for rle in to_rle(masks))
         arrays["codes"] = np.frombuffer(codes.encode("ascii"), np.uint8)
     else:
-        arrays["soft"] = np.rint(masks * 255).astype(np.uint8)
+        arrays["soft"] = np.empty(masks.shape, np.uint8)
+        for soft, mask in zip(arrays["soft"], masks, strict=True):
+            soft[:] = np.rint(mask * 255)
     arrays |= {key: values for key, values in proposals._asdict().items() if key != "masks" and values is not None}
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
