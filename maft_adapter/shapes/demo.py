@@ -121,9 +121,10 @@ def run_demo(
 ) -> dict[str, Any]:
     """Run all rows for every seed and write metrics.json, report.html, its figures and a tower to `out`.
 
-    tower.safetensors is what the first seed's last row, L_ma + L_dis, was fine-tuned to; the small CLIP that is shipped
-    mask-aware is that of seed 0. metrics.json is written after every row, the report after every seed, each replaced as a whole, so a run
-    that is stopped leaves what was finished, and of an earlier run in `out` what it did not come to replace.
+    tower.safetensors is what the first seed's last row, L_ma + L_dis, was fine-tuned to; that of seed 0 is the one that
+    `load_clip(mask_aware=True)` has. metrics.json is written after every row, the rest after every seed, each replaced
+    as a whole, so a run that is stopped leaves what was finished, and of an earlier run in `out` what it did not come
+    to replace.
     Prints the table.
 
     Args:
