@@ -359,6 +359,23 @@ def test_exports_for_any_number_of_proposals(tower: Any, images: Tensor) -> None
         close(program(images, masks), tower(images, masks))
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:FutureWarning")
+@pytest.mark.parametrize("name", ["open_clip", "timm-eva02", "transformers-siglip", "resnet", "timm-convnext"])
+def test_torchscript_by_tracing_but_not_by_compiling(
+    plain: Any, tower: Any, name: str, images: Tensor, masks: Tensor
+) -> None:
+    modules = snapshot(tower)
+    for scripted in (tower, nn.ModuleDict({"visual": tower})):
+        with pytest.raises(TypeError, match=r"is mask-aware, which torch\.jit\.script can't compile; use torch\."):
+            torch.jit.script(scripted)
+    assert_same_modules(snapshot(tower), modules)
+    traced = torch.jit.trace(tower, (images, masks), check_trace=False)
+    close(traced(images.flip(0), masks.flip(0)), tower(images.flip(0), masks.flip(0)))
+    if name == "open_clip":  # of which torch.jit.script takes the unpatched tower
+        assert_identical(torch.jit.script(restore(tower))(images), plain(images))
+
+
 @pytest.fixture(scope="module")
 def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     store = tmp_path_factory.mktemp("gloo") / "store"

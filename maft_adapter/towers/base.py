@@ -31,6 +31,13 @@ class MaskAware:
         _, _, *state = cast(tuple[Any, ...], super().__reduce_ex__(2))
         return (_new, type(self).__bases__, *state)
 
+    def __prepare_scriptable__(self) -> Any:
+        # Called by torch.jit.script, which says nothing that helps of what it then fails to compile.
+        raise TypeError(
+            f"{type(self).__name__} is mask-aware, which torch.jit.script can't compile; use torch.compile, "
+            "torch.export or torch.jit.trace(tower, (images, masks)), or call restore before"
+        )
+
 
 class MaskAwareTower(MaskAware):
     """The mixin of whole towers: features of the images, then masks asked of them.

@@ -340,7 +340,7 @@ def check_transformers(visual: Any) -> None:
     twin.config._attn_implementation = "eager"  # others need a device that computes
     try:
         with torch.no_grad():
-            output = twin(torch.empty(1, 3, size, size, dtype=visual.dtype, device="meta"))
+            output = twin(torch.empty(1, 3, size, size, dtype=embed.patch_embedding.weight.dtype, device="meta"))
     except Exception as error:
         raise ValueError(f"{name} takes no images of {size}x{size} ({type(error).__name__}: {error})") from error
     if getattr(output, "image_embeds", getattr(output, "pooler_output", None)) is None:
