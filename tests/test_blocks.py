@@ -57,7 +57,8 @@ def changed(change: Callable[[Any, Any], Any]) -> Callable[[Any], None]:
         host = type(block)
 
         def forward(self: Any, x: Any, *args: Any, **options: Any) -> Any:
-            return change(host.forward(self, x, *args, **options), x)
+            y = host.forward(self, x, *args, **options)
+            return (change(y[0], x), *y[1:]) if isinstance(y, tuple) else change(y, x)
 
         block.__class__ = type(host.__name__, (host,), {"forward": forward})
 

@@ -20,6 +20,7 @@ from zoo import (
     embedding,
     mask_aware_tower,
     open_clip_tower,
+    part,
     plain_tower,
     random_images,
     random_masks,
@@ -827,7 +828,7 @@ def test_timm_options_that_are_not_computed_are_refused(build: Any, message: str
     ],
 )
 def test_unknown_children_are_refused_by_name(plain: Any, kind: Kind, path: str, message: str) -> None:
-    plain.get_submodule(path).add_module("fresh", nn.LayerNorm(4))
+    part(plain, path).add_module("fresh", nn.LayerNorm(4))
     modules = snapshot(plain)
     with pytest.raises(
         ValueError, match=re.escape(message) + ".*fresh, unknown here: patching it would leave that out"
@@ -853,7 +854,7 @@ def test_what_is_computed_otherwise_is_refused(
     plain: Any, kind: Kind, path: str, values: dict[str, Any], message: str
 ) -> None:
     for attribute, value in values.items():
-        setattr(plain.get_submodule(path), attribute, value)
+        setattr(part(plain, path), attribute, value)
     modules = snapshot(plain)
     with pytest.raises(ValueError, match=re.escape(message)):
         make_mask_aware(plain, **kind.settings)

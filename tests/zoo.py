@@ -433,6 +433,11 @@ def mask_aware_tower(name: str, **settings: Any) -> Any:
     return make_mask_aware(plain_tower(name), **{**ZOO[name].settings, **settings})
 
 
+def part(tower: Any, path: str) -> Any:
+    """A module in a tower, by its path as transformers 5.6 has it: older ones have `vision_model` before."""
+    return getattr(tower, "vision_model", tower).get_submodule(path) if path else tower
+
+
 def embedding(output: Any) -> Tensor:
     """The image embedding (B, D) in what a tower gives: itself, the first of a tuple, or a field of transformers'."""
     if isinstance(output, Tensor):
