@@ -328,7 +328,13 @@ def test_set_input_size(plain: Any, tower: Any, name: str, kind: Kind, masks: Te
 
 # Compiled, exported, parallel, trained, in other precisions
 
+any_number = pytest.mark.skipif(
+    torch.__version__ < "2.8",  # of a class that compares numbers
+    reason="graphs for any number of proposals need torch 2.8",
+)
 
+
+@any_number
 @torch.no_grad()
 @pytest.mark.parametrize("name", TRACED)
 def test_compiles_to_one_graph_for_any_number_of_proposals(tower: Any, images: Tensor) -> None:
@@ -350,6 +356,7 @@ def test_compiles_to_one_graph_for_any_number_of_proposals(tower: Any, images: T
     assert len(graphs) == 1
 
 
+@any_number
 @torch.no_grad()
 @pytest.mark.parametrize("name", TRACED)
 def test_exports_for_any_number_of_proposals(tower: Any, images: Tensor) -> None:

@@ -103,3 +103,11 @@ def test_naflex_is_refused_by_name() -> None:
     config = transformers.Siglip2VisionConfig(**SMALL, num_patches=16, patch_size=PATCH)
     with pytest.raises(ValueError, match=r"Siglip2Vision(Model|Transformer) takes patches that were cut before.*NaFlex"):
         make_mask_aware(transformers.Siglip2VisionModel(config))
+
+
+def test_a_tower_of_one_size_is_refused_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CLIP's were in transformers before 4.46."""
+    model = whole("CLIP")
+    monkeypatch.delattr(type(model.vision_model.embeddings), "interpolate_pos_encoding")
+    with pytest.raises(ValueError, match=r"takes images of 32x32 only in transformers before 4\.46; upgrade it"):
+        make_mask_aware(model.vision_model, 1)

@@ -241,7 +241,7 @@ def _same_arithmetic(block: Any, like: Tensor, width: int, options: dict[str, An
 
     x, ours = random(1, 1 + _PATCHES, width), {}
     if "rope" in options:
-        rope = random(_PATCHES, 2 * block.attn.head_dim)
+        rope = random(_PATCHES, 2 * block._project(x, None)[1].shape[-1])
         # Asked alone, the first token counts as a patch, too: sine 0 and cosine 1 leave it where it was.
         still = torch.cat([torch.zeros_like(rope[:1, ::2]), torch.ones_like(rope[:1, ::2])], dim=-1)
         options, ours = {**options, "rope": rope}, {"rope": torch.cat([still, rope])}

@@ -325,9 +325,10 @@ def check_transformers(visual: Any) -> None:
     if isinstance(getattr(embed, "patch_embedding", None), nn.Linear):
         raise ValueError(f"{name} {_NAFLEX}a SigLIP 2 without naflex in its name, which loads as SiglipModel")
     size: Any = getattr(embed, "image_size", None)
-    of_one_size = isinstance(size, int) and isinstance(getattr(embed, "patch_size", None), int)
-    if not of_one_size or not hasattr(embed, "interpolate_pos_encoding"):
+    if not isinstance(size, int) or not isinstance(getattr(embed, "patch_size", None), int):
         raise ValueError(f"{name} does not embed images of one image_size and patch_size as CLIP does: not supported")
+    if not hasattr(embed, "interpolate_pos_encoding"):
+        raise ValueError(f"{name} takes images of {size}x{size} only in transformers before 4.46; upgrade it")
     if not hasattr(getattr(inner, "encoder", None), "layers") or not hasattr(inner, "post_layernorm"):
         raise ValueError(f"{name} has no encoder.layers and post_layernorm as CLIP's towers have: not supported")
     known = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm", "head")
