@@ -6,6 +6,7 @@ parameters, hooks, optimizers and state_dict keys stay what they were, and undoi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from typing import Any, cast
@@ -171,6 +172,19 @@ def mask_aware_modules(visual: nn.Module) -> list[Any]:
                 "parametrization, ...); undo that first, then restore or patch again"
             )
     return modules
+
+
+@contextlib.contextmanager
+def computing(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """For a proof: in eval mode, in the module's own precision and without gradients, and back again."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def divide_into_patches(

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..attention import class_attention, project, projections
-from .base import MaskAware, refuse_own_methods, refuse_unknown, restore_class, swap_class
+from .base import MaskAware, computing, refuse_own_methods, refuse_unknown, restore_class, swap_class
 
 _PATCHES = 4  # that a proof runs on, beside the class token
 
@@ -198,17 +198,13 @@ def prove_blocks(
         if like.is_meta or (kind := _kind(block)) in proven:
             continue
         proven.add(kind)
-        modes = [(module, module.training) for module in block.modules()]
         fresh = not isinstance(block, ProposalBlock)
         if fresh:
             swap_class(block, layout)
-        block.eval()
         try:
-            with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+            with computing(block, like.device):
                 same = _same_arithmetic(block, like.new_empty(0), width, options)
         finally:
-            for module, mode in modes:
-                module.training = mode
             if fresh:
                 restore_class(block)
         if not same:
