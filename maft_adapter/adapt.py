@@ -45,7 +45,7 @@ def make_mask_aware(
     are computed around instead, the containers of the blocks and each block's attention, refuse masks while they
     have     forward hooks or methods of their own.
 
-    Blocks are proven before anything is changed: what this library computes from a block's parts has to equal what the
+    Blocks, pools and what is around them are proven before anything is changed: what this library computes from a block's parts has to equal what the
     block itself computes, on a few random tokens.
 
     Args:
