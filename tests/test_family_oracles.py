@@ -12,6 +12,7 @@ from timm.layers.patch_dropout import PatchDropout, PatchDropoutWithIndices
 from torch import Tensor, nn
 from zoo import (
     HEADS,
+    WIDTH,
     ZOO,
     embedding,
     mask_aware_tower,
@@ -168,6 +169,23 @@ def test_class_token_on_another_grid(name: str, grid: tuple[int, int], interpola
     images, cells = random_images((grid[0] * 8, grid[1] * 8)), random_cells(grid)
     expected = class_token_oracle(plain_tower(name), images, cells, 1, interpolation)
     close(mask_aware_tower(name, interpolation=interpolation)(images, drawn_finer(cells)), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(32, 32), (24, 48)])
+def test_rotating_halves_is_rotating_pairs_of_other_channels(size: tuple[int, int]) -> None:
+    """Of every head channels 0, 2, 4 ... make the first half, and 1, 3, 5 ... the second."""
+    halves = timm_vit("eva02_base_patch16_clip_224", "token", None, rope_rotate_half=True).eval()
+    halves.load_state_dict(plain_tower("timm-eva02").state_dict())
+    channels = torch.arange(WIDTH).unflatten(0, (HEADS, -1, 2)).mT.flatten()  # (width,)
+    for block in halves.trunk.blocks:
+        for layer in (block.attn.q_proj, block.attn.k_proj):
+            for weight in layer.parameters():
+                weight.copy_(weight[channels])
+    images, masks = random_images(size), random_masks(4, (20, 20))
+    for start_layer in (0, 2):
+        expected = mask_aware_tower("timm-eva02", start_layer=start_layer)(images, masks)
+        close(make_mask_aware(halves, start_layer)(images, masks), expected)
 
 
 # B: learned query. One mask at a time, given to the library's own pool as its attention mask.
