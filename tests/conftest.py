@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 from zoo import DEPTH, DIM, HEADS, PATCH, WIDTH, OpenAITower, open_clip_tower, randomize
 
-settings.register_profile("fast", max_examples=30, deadline=None, derandomize=True)
-settings.register_profile("fuzz", max_examples=10_000, deadline=None)
+# No deadline and no complaint of slow drawing: a busy machine is no failure.
+PATIENT: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("fast", max_examples=30, derandomize=True, **PATIENT)
+settings.register_profile("fuzz", max_examples=10_000, **PATIENT)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 LAYOUTS: dict[str, Callable[[], nn.Module]] = {

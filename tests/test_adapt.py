@@ -1,4 +1,5 @@
 import copy
+import functools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,10 +11,22 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
-from zoo import assert_same_modules, random_images, random_masks, snapshot
+from zoo import (
+    ZOO,
+    assert_same_modules,
+    embedding,
+    mask_aware_tower,
+    plain_tower,
+    random_images,
+    random_masks,
+    snapshot,
+)
 
 from maft_adapter import (
+    encode_features,
     encode_masks,
     encode_masks_and_image,
     is_mask_aware,
@@ -23,6 +36,7 @@ from maft_adapter import (
 )
 from maft_adapter.attention import dense_block
 from maft_adapter.masks import attention_bias, masks_on_grid
+from maft_adapter.towers import attention_pool, class_token
 
 START_LAYERS = range(4)  # the towers of conftest.py have three blocks
 OTHER_SIZES = [(64, 40), (24, 48), (56, 56), (8, 8)]
@@ -277,6 +291,74 @@ def test_a_native_size_that_the_patch_does_not_divide(build_tower: Any) -> None:
     before = tower(images)
     assert torch.equal(make_mask_aware(tower, 3)(images), before)
     close(tower(images, torch.ones(1, 1, 34, 34))[:, 0], before)  # no block is mask-aware: plain CLIP
+
+
+def test_one_weight_changed_in_place_makes_kept_features_stale(tower: Any, images: Tensor, masks: Tensor) -> None:
+    with torch.no_grad():
+        features = encode_features(make_mask_aware(tower, 1), images)
+        tower.conv1.weight.view(-1)[1] += 1  # of those values that are not kept to compare with
+    with pytest.raises(ValueError, match="have changed since these features were made"):
+        tower(features, masks)
+
+
+# Any masks, sizes and settings
+
+ANY = ["open_clip", "timm-eva02", "timm-siglip-so400m", "resnet", "timm-convnext", "open_clip-clipa"]
+
+
+@functools.cache
+def pair(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The same tower twice, unpatched and patched."""
+    return plain_tower(name).to(dtype), mask_aware_tower(name).to(dtype)
+
+
+@torch.no_grad()
+@given(data=st.data())
+def test_what_every_tower_promises_of_any_masks(data: st.DataObject) -> None:
+    name, dtype = data.draw(st.sampled_from(ANY)), data.draw(st.sampled_from([torch.float32, torch.float64]))
+    kind, (plain, tower) = ZOO[name], pair(name, dtype)
+    settings: dict[str, Any] = {"interpolation": data.draw(st.sampled_from(["maft", "open_clip"]))}
+    if "start_layer" in tower.settings:
+        settings["start_layer"] = data.draw(st.integers(0, 3))
+    if "threshold" in tower.settings:
+        settings["threshold"] = data.draw(st.floats(1e-3, 1))
+    make_mask_aware(tower, **settings)
+    grid = data.draw(st.one_of(st.none(), st.tuples(st.integers(1, 5), st.integers(1, 5))))
+    stride = kind.size[0] // kind.grid[0]
+    size = (grid[0] * stride, grid[1] * stride) if grid else kind.size
+    batch, n, seed = data.draw(st.integers(1, 2)), data.draw(st.integers(0, 6)), data.draw(st.integers(0, 2**16))
+    images = random_images(size, batch, seed).to(dtype)
+    masks = random_masks(n, data.draw(st.tuples(st.integers(1, 40), st.integers(1, 40))), batch, seed)
+    masks = masks * (masks > data.draw(st.floats(0, 0.9)))
+    floats = st.sampled_from([torch.float16, torch.float32, torch.float64])
+    masks = masks > 0.5 if data.draw(st.booleans()) else masks.to(data.draw(floats))
+
+    # Means over masks are weighed in the masks' own precision.
+    tolerance = 1e-12 if dtype == masks.dtype == torch.float64 else 2e-5
+
+    def same(actual: Tensor, expected: Tensor) -> None:
+        close(actual, expected, tolerance * max([1.0, *expected.abs().flatten().tolist()]))
+
+    embeddings, image = tower(images, masks, with_image=True)
+    assert embeddings.dtype == dtype and embeddings.shape[:2] == (batch, n) and embeddings.isfinite().all()
+    # Proposals know nothing of one another: in any order, any of them, any number of times, each image alone.
+    chosen = data.draw(st.lists(st.integers(0, n - 1), max_size=8)) if n else []
+    same(tower(images, masks[:, chosen]), embeddings[:, chosen])
+    same(tower(images[-1:], masks[-1:]), embeddings[-1:])
+    # The image's part is the same for all of them, and kept it gives the same.
+    assert torch.equal(encode_masks(tower, encode_features(tower, images), masks), embeddings)
+    same(image, embedding(tower(images)))
+    if size == kind.size:
+        assert torch.equal(embedding(tower(images)), embedding(plain(images)))
+    # What contains nothing that the tower sees is an empty mask; what contains everything is the image, and where there
+    # is no class token and no mean of the image to fall back on, so is nothing.
+    ends = tower(images, torch.cat([torch.zeros(batch, 1, 3, 3), torch.ones(batch, 1, 3, 3)], dim=1))
+    unseen = ~valid_masks(tower, images, masks)  # (B, N)
+    same(embeddings[unseen], ends[:, :1].expand_as(embeddings)[unseen])
+    if kind.family is not class_token:
+        same(ends[:, 1], image)
+        if kind.family is not attention_pool:
+            same(ends[:, 0], image)
 
 
 # One pass for proposals and image, and whole CLIP models

@@ -588,19 +588,27 @@ class TestLabelMap:
         assert label_map(torch.tensor([[0.2, 0.8]]), masks).tolist() == [[255, 1, 1]]
 
     @given(data=st.data())
-    def test_parts_of_any_size_give_the_same(self, data: st.DataObject) -> None:
+    def test_any_scores_masks_and_parts_equal_a_dense_sum(self, data: st.DataObject) -> None:
         b, n, c, h, w = (data.draw(st.integers(low, high)) for low, high in ((1, 2), (0, 4), (1, 5), (1, 9), (1, 9)))
-        seed = data.draw(st.integers(0, 2**16))
+        seed, ignore_index = data.draw(st.integers(0, 2**16)), data.draw(st.sampled_from([255, -1, 65535, 5]))
+        floats = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64])
         # of few values, whose sums are exact, so that ties are ties
         scores = torch.randint(0, 5, (b, n, c), generator=torch.Generator().manual_seed(seed)) / 4
         soft = torch.randint(0, 5, (b, n, h, w), generator=torch.Generator().manual_seed(seed + 1)) / 4
-        masks = soft if data.draw(st.booleans()) else soft > 0.5
+        masks = soft.to(data.draw(floats)) if data.draw(st.booleans()) else soft > 0.5
+        vote = torch.rand(b, n, generator=torch.Generator().manual_seed(seed + 2)) > 0.3
+        valid = vote if data.draw(st.booleans()) else None
+        given, counted = scores.to(data.draw(floats)), scores
+        if valid is not None:  # what the others hold says nothing
+            given, counted = given.masked_fill(~vote[..., None], torch.nan), scores * vote[..., None]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(classify, "_AT_ONCE", data.draw(st.integers(1, 300)))
-            labels = label_map(scores, masks)
-        for image, y, x in np.ndindex(b, h, w):
-            sums = scores[image].numpy().T @ masks[image, :, y, x].float().numpy()  # (C,)
-            assert labels[image, y, x] == (sums.argmax() if sums.max() > 0 else 255)
+            labels = label_map(given, masks, ignore_index, valid)
+            alone = label_map(given[-1], masks[-1], ignore_index, None if valid is None else valid[-1])
+        assert torch.equal(alone, labels[-1])
+        dense = np.einsum("bnc,bnhw->bchw", counted.double().numpy(), masks.double().numpy())
+        expected = np.where(dense.max(1) > 0, dense.argmax(1), ignore_index)  # of equal ones the first
+        np.testing.assert_array_equal(labels.numpy(), expected)
 
     def test_memory_does_not_grow_with_the_classes(self) -> None:
         class Largest(TorchDispatchMode):

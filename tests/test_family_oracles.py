@@ -12,10 +12,12 @@ from timm.layers.patch_dropout import PatchDropout, PatchDropoutWithIndices
 from torch import Tensor, nn
 from zoo import (
     HEADS,
+    WIDTH,
     ZOO,
     embedding,
     mask_aware_tower,
     next_open_clip_tower,
+    part,
     plain_tower,
     random_images,
     random_masks,
@@ -169,6 +171,23 @@ def test_class_token_on_another_grid(name: str, grid: tuple[int, int], interpola
     close(mask_aware_tower(name, interpolation=interpolation)(images, drawn_finer(cells)), expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(32, 32), (24, 48)])
+def test_rotating_halves_is_rotating_pairs_of_other_channels(size: tuple[int, int]) -> None:
+    """Of every head channels 0, 2, 4 ... make the first half, and 1, 3, 5 ... the second."""
+    halves = timm_vit("eva02_base_patch16_clip_224", "token", None, rope_rotate_half=True).eval()
+    halves.load_state_dict(plain_tower("timm-eva02").state_dict())
+    channels = torch.arange(WIDTH).unflatten(0, (HEADS, -1, 2)).mT.flatten()  # (width,)
+    for block in halves.trunk.blocks:
+        for layer in (block.attn.q_proj, block.attn.k_proj):
+            for weight in layer.parameters():
+                weight.copy_(weight[channels])
+    images, masks = random_images(size), random_masks(4, (20, 20))
+    for start_layer in (0, 2):
+        expected = mask_aware_tower("timm-eva02", start_layer=start_layer)(images, masks)
+        close(make_mask_aware(halves, start_layer)(images, masks), expected)
+
+
 # B: learned query. One mask at a time, given to the library's own pool as its attention mask.
 
 
@@ -200,7 +219,7 @@ def coca_query(tower: Any, images: Tensor, cells: Tensor) -> Tensor:
 
 
 def transformers_query(tower: Any, images: Tensor, cells: Tensor) -> Tensor:
-    head, features = tower.head, tower(images).last_hidden_state  # (B, hw, width)
+    head, features = part(tower, "head"), tower(images).last_hidden_state  # (B, hw, width)
     bias = bias_of(cells, 0)[:, None].repeat_interleave(HEADS, dim=0)  # (B*heads, 1, hw)
     probe = head.probe.expand(len(images), -1, -1)
     pooled = head.attention(probe, features, features, attn_mask=bias)[0]
@@ -412,8 +431,9 @@ def test_other_sizes_of_transformers_siglip_with_masks(name: str) -> None:
     images, cells = random_images((24, 48)), random_cells((3, 6))
     tower = mask_aware_tower(name)
     plain = plain_tower(name)
-    position = position_on((3, 6), plain.embeddings.position_embedding.weight, 0, "maft")
-    plain.embeddings.interpolate_pos_encoding = lambda *_: position[None]
+    embeddings = part(plain, "embeddings")
+    position = position_on((3, 6), embeddings.position_embedding.weight, 0, "maft")
+    embeddings.interpolate_pos_encoding = lambda *_: position[None]
     features = plain(images, interpolate_pos_encoding=True).last_hidden_state
     plain.forward = lambda images: type("Output", (), {"last_hidden_state": features})
     expected = torch.stack([transformers_query(plain, images, cells[:, n]) for n in range(cells.shape[1])], dim=1)

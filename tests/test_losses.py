@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -49,8 +51,9 @@ def numpy_normalize(iou: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def numpy_distance(kind: str, x: float, y: float) -> float:
-    if kind == "kl":
-        return y * np.log(y / x if y else 1) + (1 - y) * np.log((1 - y) / (1 - x) if y < 1 else 1)
+    if kind == "kl":  # torch ends logarithms at -100
+        log = lambda value: max(np.log(value), -100) if value else -100  # noqa: E731
+        return y * (log(y) - log(x)) + (1 - y) * (log(1 - y) - log(1 - x))
     d = abs(x - y)
     return {"l1": d, "l2": d * d, "smooth_l1": 0.5 * d * d if d < 1 else d - 0.5}[kind]  # smooth_l1: Eq. 7
 
@@ -165,6 +168,13 @@ def test_rows_of_next_to_nothing_have_finite_gradients(dtype: torch.dtype) -> No
         assert iou.grad is not None and iou.grad.isfinite().all() and normalized.isfinite().all(), scale
         if scale in (1e-3, 1e-18) and dtype != torch.float16:
             torch.testing.assert_close(normalized.detach(), (row / row.max()).to(normalized.dtype), atol=4e-3, rtol=0)
+
+
+def test_spreads_of_next_to_nothing_stay() -> None:
+    """At most 1e-19, or within rounding: 1e-5 of the maximum."""
+    iou = torch.tensor([[0, 1e-19], [0, 1.2e-19], [0.5, 0.500004], [0.5, 0.500006]])
+    stretched = torch.tensor([[0.0, 1.0]])
+    assert torch.equal(min_max_normalize(iou), torch.cat([iou[:1], stretched, iou[2:3], stretched]))
 
 
 def test_normalize_refuses_a_batch() -> None:
@@ -422,3 +432,77 @@ def test_module_refuses() -> None:
     for weight in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="distillation_weight must be finite"):
             MAFTLoss(distillation_weight=weight)
+
+
+# Any shapes, dtypes and values, against numpy in float64
+
+FLOATS = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64])
+SEEDS = st.integers(0, 2**32)
+SIDES = st.integers(1, 12)
+
+
+def array(values: Tensor) -> NDArray[np.float64]:
+    return values.detach().double().numpy()
+
+
+def random_proposals(n: int, height: int, width: int, soft: bool, dtype: torch.dtype, seed: int) -> Tensor:
+    """(n, H, W), soft ones in `dtype` or bool; among them whole and empty masks."""
+    generator = torch.Generator().manual_seed(seed)
+    share = torch.rand(n, 1, 1, generator=generator).mul(1.5).sub(0.25)
+    masks = torch.rand(n, height, width, generator=generator)
+    return (masks * (masks < share)).to(dtype) if soft else masks < share
+
+
+@given(n=st.integers(0, 6), k=st.integers(0, 4), size=st.tuples(SIDES, SIDES), soft=st.tuples(*[st.booleans()] * 2),
+       dtypes=st.tuples(FLOATS, FLOATS), seed=SEEDS)  # fmt: skip
+def test_any_iou_equals_numpy(
+    n: int, k: int, size: tuple[int, int], soft: tuple[bool, bool], dtypes: tuple[torch.dtype, torch.dtype], seed: int
+) -> None:
+    masks = random_proposals(n, *size, soft[0], dtypes[0], seed)
+    targets = random_proposals(k, *size, soft[1], dtypes[1], seed + 1)
+    iou = mask_iou(masks, targets)
+    wide = torch.promote_types(torch.promote_types(masks.dtype, targets.dtype), torch.float32)
+    assert iou.dtype == wide and iou.shape == (k, n) and ((iou >= 0) & (iou <= 1)).all()
+    np.testing.assert_allclose(array(iou), numpy_iou(array(masks), array(targets)), rtol=2e-5, atol=1e-7)
+
+
+@given(data=st.data(), dtype=FLOATS, k=st.integers(0, 4), n=st.integers(0, 7))
+def test_any_rows_are_stretched_as_numpy_does(data: st.DataObject, dtype: torch.dtype, k: int, n: int) -> None:
+    """Of few steps, so that a row is constant or has a spread beyond all rounding."""
+    steps = data.draw(st.lists(st.lists(st.integers(0, 64), min_size=n, max_size=n), min_size=k, max_size=k))
+    scales = data.draw(st.lists(st.sampled_from([1, 2**-3, 2**-14]), min_size=k, max_size=k))
+    iou = (torch.tensor(steps).reshape(k, n) / 64 * torch.tensor(scales).reshape(k, 1)).to(dtype)
+    normalized = min_max_normalize(iou)
+    assert normalized.dtype == torch.promote_types(dtype, torch.float32)
+    expected = numpy_normalize(array(iou)) if n else array(iou)
+    np.testing.assert_allclose(array(normalized), expected, atol=1e-6)
+
+
+@given(data=st.data(), kind=st.sampled_from(KINDS), dtype=FLOATS, sharpness=st.sampled_from([0.1, 1.0, 10.0, 100.0]))
+def test_any_mask_aware_loss_equals_numpy(data: st.DataObject, kind: str, dtype: torch.dtype, sharpness: float) -> None:
+    classes = data.draw(st.integers(1, 5))
+    sizes = data.draw(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=3))  # N_b, K_b
+    generator = torch.Generator().manual_seed(data.draw(SEEDS))
+    integers = data.draw(st.sampled_from(INTEGERS))
+    scores = [(sharpness * torch.randn(n, classes, generator=generator)).softmax(-1).to(dtype) for n, _ in sizes]
+    iou = [torch.rand(k, n, generator=generator).mul(1.5).sub(0.25).clamp(0, 1) for n, k in sizes]
+    labels = [torch.randint(0, classes, (k,), generator=generator) for _, k in sizes]
+    loss = mask_aware_loss(scores, iou, [label.to(integers) for label in labels], kind)
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    pairs = [
+        numpy_distance(kind, array(score)[n, c], array(target)[k, n])
+        for score, target, label in zip(scores, iou, labels, strict=True)
+        for k, c in enumerate(label.tolist())
+        for n in range(len(score))
+    ]
+    # The entropy is subtracted from a cross entropy of up to 100.
+    assert loss.item() == pytest.approx(np.mean(pairs or [0]), rel=1e-4, abs=1e-4 if kind == "kl" else 1e-7)
+
+
+@given(b=st.integers(1, 4), c=st.integers(1, 6), dtypes=st.tuples(FLOATS, FLOATS), seed=SEEDS)
+def test_any_distillation_equals_numpy(b: int, c: int, dtypes: tuple[torch.dtype, torch.dtype], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(b, c, generator=generator).mul(3).softmax(-1).to(dtype) for dtype in dtypes)
+    pairs = zip(array(student).flatten(), array(teacher).flatten(), strict=True)
+    expected = np.mean([numpy_distance("smooth_l1", x, y) for x, y in pairs])
+    assert self_distillation_loss(student, teacher).item() == pytest.approx(expected, rel=1e-5, abs=1e-9)

@@ -206,6 +206,12 @@ def test_mean_weights_are_exact_areas(size: tuple[int, int], grid: tuple[int, in
     assert mean_weights(masks.half(), grid, seen).dtype == torch.float32
 
 
+def test_an_empty_mask_weighs_every_cell_alike() -> None:
+    masks = torch.zeros(1, 2, 6, 6)
+    masks[0, 1, 5, 5] = 1  # beyond what the grid sees
+    assert torch.equal(mean_weights(masks, (2, 2), (0.5, 0.5)), torch.full((1, 2, 4), 0.25))
+
+
 def test_mean_weights_have_gradients_also_beside_an_empty_mask_and_without_masks() -> None:
     masks = torch.rand(1, 3, 6, 6)
     masks[0, 1] = 0
