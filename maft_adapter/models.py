@@ -64,7 +64,7 @@ def load_model(
     """Load a CLIP by its name and make its image tower mask-aware.
 
     Args:
-        name: None for the embedded CLIP of `maft_adapter.shapes`; a model of open_clip, such as "ViT-B-16",
+        name: None for the embedded CLIP of `maft_adapter.shapes`, fine-tuned by its demo; a model of open_clip, such as "ViT-B-16",
             "hf-hub:OWNER/NAME" or "local-dir:FOLDER"; else a name on the Hugging Face hub or a folder, such as
             "openai/clip-vit-base-patch16", of a CLIP that transformers loads.
         pretrained: for a plain name of open_clip, and only there: a tag, such as "openai", or a file of weights; or
@@ -98,7 +98,7 @@ def load_model(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
         raise ValueError(f"device {str(device)!r} can't be used here: {error}") from error
-    size, class_names, default_layer = 480, None, None
+    size, class_names = 480, None
     templates: tuple[str, ...] = TEMPLATES
     if name is None:
         from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
@@ -107,8 +107,8 @@ def load_model(
 
         if pretrained is not None:
             raise ValueError(f"pretrained is {pretrained!r} without a model; name one, such as ViT-B-16")
-        clip, tokenizer, mean, std = load_clip(), tokenize, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-        size, class_names, templates, default_layer = 96, CLASSES, WORLD_TEMPLATES, 0
+        clip, tokenizer, mean, std = load_clip(mask_aware=True), tokenize, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+        size, class_names, templates = 96, CLASSES, WORLD_TEMPLATES
     elif _of_open_clip(name):
         clip, tokenizer = _open_clip(name, pretrained)
         mean, std = clip.visual.preprocess_cfg["mean"], clip.visual.preprocess_cfg["std"]
@@ -119,7 +119,7 @@ def load_model(
     # Where open_clip keeps them, so that whoever has the model has them.
     tower.preprocess_cfg = {**getattr(tower, "preprocess_cfg", {}), "mean": tuple(mean), "std": tuple(std)}
 
-    _patch(tower, checkpoint, start_layer, default_layer)
+    _patch(tower, checkpoint, start_layer)
     digest = _digest(clip)
     for part in (tower, getattr(clip, "visual_projection", None)):  # transformers keeps it beside the tower
         if part is not None:
@@ -234,7 +234,7 @@ def _transformers(name: str, pretrained: str | None) -> tuple[Any, Any, Triple, 
         raise OSError(f"{name} can't be loaded by transformers: {error or repr(error)}") from error
 
 
-def _patch(tower: Any, checkpoint: str | Path | None, start_layer: int | None, default_layer: int | None) -> None:
+def _patch(tower: Any, checkpoint: str | Path | None, start_layer: int | None) -> None:
     """Make the tower mask-aware with its checkpoint's weights, at the layer that is wanted or else the right one."""
     if checkpoint is not None and _saved_by_us(checkpoint):
         load_mask_aware(tower, checkpoint)
@@ -242,8 +242,10 @@ def _patch(tower: Any, checkpoint: str | Path | None, start_layer: int | None, d
         if start_layer not in (None, saved):
             raise ValueError(f"start_layer is {start_layer}, but {checkpoint} was saved with {saved}: leave it out")
         return
-    layer = default_layer if start_layer is None else start_layer
-    if layer is None and class_token.recognise(tower):
+    layer = start_layer
+    if layer is None and is_mask_aware(tower):  # the embedded CLIP's
+        layer = tower.start_layer
+    elif layer is None and class_token.recognise(tower):
         make_mask_aware(tower, 0)
         layer = 2 * sum(isinstance(module, ProposalBlock) for module in tower.modules()) // 3
     settings: dict[str, Any] = {} if layer is None else {"start_layer": layer}
