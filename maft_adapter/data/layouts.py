@@ -7,9 +7,11 @@ because published figures were made with them; the downloads as they are come la
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
+
+from ..pictures import SUFFIXES
 
 SPLITS = ("train", "val")
 _TRAINING = {"train": "training", "val": "validation"}
@@ -85,7 +87,6 @@ _CONTEXT_LISTS = ("ImageSets/SegmentationContext/val.txt", "pascalcontext_val.tx
 _ADE = ("ADEChallengeData2016", "ade/ADEChallengeData2016")
 _ADE_FULL = ("ADE20K_2021_17_01", "ade/ADE20K_2021_17_01")
 _STUFF = ("coco-stuff", "coco_stuff164k", "coco/coco_stuff")
-_ANY = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 
 LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "voc-20": (
@@ -163,11 +164,11 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
     ),
     "folder": (
         Layout(
-            "with splits", ("",), ("images/{split}",), ("labels/{split}",), original=True, image_suffixes=_ANY,
+            "with splits", ("",), ("images/{split}",), ("labels/{split}",), original=True, image_suffixes=SUFFIXES,
         ),
         Layout(
             "without splits", ("",), ("images",), ("labels",), dict.fromkeys(SPLITS, ""), original=True,
-            image_suffixes=_ANY,
+            image_suffixes=SUFFIXES,
         ),
     ),
 }  # fmt: skip
@@ -203,12 +204,12 @@ def find_layouts(dataset: str, root: str | os.PathLike[str], split: str) -> list
 
 def _places(layout: Layout, root: Path) -> list[Path]:
     """The folders below `root`, or `root` itself, that may hold the layout; each once."""
-    places = []
+    places, own_name = [], root.absolute().name
     for folder in layout.folders:
         parts = Path(folder).parts
         places += [root.joinpath(*parts[i:]) for i in range(len(parts))]
         # A folder of another data set is not this one's, whatever it holds: VOC2010 has a SegmentationClass, too.
-        if not parts or root.name == parts[-1] or root.resolve().name not in _FOLDER_NAMES:
+        if not parts or own_name == parts[-1] or own_name not in _FOLDER_NAMES:
             places.append(root)
     return list({place.resolve(): place for place in places if place.is_dir()}.values())
 
@@ -224,7 +225,7 @@ def _look(layout: Layout, folder: Path, split: str) -> Found | None:
     images, labels, lists = existing(layout.images), existing(layout.labels), existing(layout.val_list)
     if not images or (layout.val_list and not lists):
         return None
-    with_files = tuple(path for path in labels if _files(path, (layout.suffix,), layout.nested))
+    with_files = tuple(path for path in labels if next(_walk(path, (layout.suffix,), layout.nested), None))
     if not with_files:
         return None
     return Found(layout, folder, split, images[0], with_files, lists[0] if lists else None)
@@ -262,17 +263,23 @@ def _refuse(names: set[str], what: str) -> None:
 
 
 def _files(folder: Path, suffixes: tuple[str, ...], nested: bool) -> dict[str, Path]:
-    """Paths by their names in the folder, without the suffix."""
+    """Paths by their names."""
     found: dict[str, Path] = {}
-    for parent, folders, files in os.walk(folder):
+    for name, path in _walk(folder, suffixes, nested):
+        if name in found:
+            raise ValueError(f"two files are named {name}, {found[name]} and {path}: remove one of them")
+        found[name] = path
+    return found
+
+
+def _walk(folder: Path, suffixes: tuple[str, ...], nested: bool) -> Iterator[tuple[str, Path]]:
+    """The names of files, which are their paths in the folder without the suffix, and their whole paths."""
+    for parent, _, files in os.walk(folder):
+        inside = "" if parent == str(folder) else Path(parent).relative_to(folder).as_posix() + "/"
         for file in files:
             suffix = next((suffix for suffix in suffixes if file.lower().endswith(suffix.lower())), None)
             if suffix is None or file.startswith(".") or (file.endswith(_CONVERTED) and suffix != _CONVERTED):
                 continue
-            name = Path(os.path.relpath(os.path.join(parent, file[: -len(suffix)]), folder)).as_posix()
-            if name in found:
-                raise ValueError(f"two files of {folder} are named {name}, {found[name].name} and {file}: remove one")
-            found[name] = Path(parent, file)
+            yield inside + file[: -len(suffix)], Path(parent, file)
         if not nested:
-            folders.clear()
-    return found
+            return
