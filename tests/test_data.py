@@ -11,6 +11,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from maft_adapter.data import DATASETS, SegmentationDataset, class_list, open_dataset
+from maft_adapter.data.check import check_dataset
 from maft_adapter.data.datasets import FileDataset
 from maft_adapter.pictures import read_picture
 from maft_adapter.shapes import UNSEEN, demo, render_scene
@@ -135,8 +136,10 @@ def test_every_layout(
     item = dataset[0]
     assert item.labels.tolist() == expected(values, dataset.ignore_index)
     assert item.picture == tmp_path / base / picture
-    assert item.name.endswith("a")
+    assert item.name.endswith("a.jpg")
     assert len(list(dataset)) == 1
+    (fault,) = check_dataset(dataset).faults
+    assert fault.startswith("1 pictures, published are ")
     # the data set's own folder and those between, as well
     assert dataset.folder == tmp_path / base
     folder = dataset.folder
@@ -165,8 +168,17 @@ def test_training_part_of_voc_is_all_that_is_not_listed(tmp_path: Path) -> None:
     (tmp_path / VOC_LIST).parent.mkdir(parents=True)
     (tmp_path / VOC_LIST).write_text("b\n")
     train = {item.name: int(item.labels[0, 0]) for item in open_dataset("voc-20", tmp_path, "train")}
-    assert train == {"a": 0, "c": 1, "d": 1}
-    assert [item.name for item in open_dataset("voc-20", tmp_path, "val")] == ["b"]
+    assert train == {"a.jpg": 0, "c.jpg": 1, "d.jpg": 1}
+    assert [item.name for item in open_dataset("voc-20", tmp_path, "val")] == ["b.jpg"]
+
+
+def test_a_list_that_names_all_leaves_nothing_for_training(tmp_path: Path) -> None:
+    write_case(tmp_path, PICTURE, f"{VOC}/SegmentationClass/a.png", {1: 0}, VOC_LIST)
+    with pytest.raises(ValueError, match="no train part of voc-20"):
+        open_dataset("voc-20", tmp_path, "train")
+    (tmp_path / VOC_LIST).write_text("")
+    with pytest.raises(ValueError, match="no val part of voc-20"):
+        open_dataset("voc-20", tmp_path)
 
 
 def test_prepared_before_raw_and_raw_where_the_split_was_not_prepared(tmp_path: Path) -> None:
@@ -290,7 +302,7 @@ def test_a_label_without_a_picture_and_a_picture_without_a_label(tmp_path: Path)
     with pytest.warns(UserWarning, match=r"1 pictures of .* have no label file and are left out, such as b"):
         dataset = open_dataset("ade20k-150", tmp_path)
     assert isinstance(dataset, FileDataset)
-    assert ([item.name for item in dataset], dataset.unlabelled) == (["a"], ("b",))
+    assert ([item.name for item in dataset], dataset.unlabelled) == (["a.jpg"], ("b",))
     (tmp_path / ADE / "images/validation/a.jpg").unlink()
     with pytest.raises(ValueError, match=r"1 label files of .* have no picture in .*, such as a:"):
         open_dataset("ade20k-150", tmp_path)
@@ -317,7 +329,7 @@ def test_any_folder(tmp_path: Path) -> None:
         write_picture(tmp_path / f"images/{name}.{suffix}", rows.shape)
         write_labels(tmp_path / f"labels/{name}.png", rows)
     dataset = open_dataset("folder", tmp_path)
-    assert [item.name for item in dataset] == ["a", "b", "c"]
+    assert [item.name for item in dataset] == ["a.webp", "b.png", "c.JPG"]
     assert all(item.labels.tolist() == [[0, 1, 255]] for item in dataset)
     assert (dataset.class_names, dataset.names) == ((("cat", "kitten"), ("dog",)), str(tmp_path / "classes.txt"))
     assert dataset.unseen == ()
@@ -336,7 +348,7 @@ def test_any_folder_with_splits_and_names_from_elsewhere(tmp_path: Path) -> None
         write_labels(tmp_path / f"labels/{split}/{split}.png", np.ones((2, 2)))
     for split in ("train", "val"):
         dataset = open_dataset("folder", tmp_path, split, names=tmp_path / "names.json")
-        assert [item.name for item in dataset] == [split]
+        assert [item.name for item in dataset] == [f"{split}.jpg"]
     with pytest.raises(FileNotFoundError, match=r"classes.txt does not exist: .* needs a file of class names"):
         open_dataset("folder", tmp_path)
 

@@ -5,6 +5,7 @@ import html
 import io
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -141,6 +142,12 @@ def test_nothing_there(tmp_path: Path, output: Output) -> None:
     )
     assert main(["data", "check", str(tmp_path), "--data", "folder"]) == 1
     assert "looked for images/ and labels/" in output()
+
+
+def test_mess_without_its_package(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mess", None)
+    assert main(["data", "check", str(tmp_path), "--data", "mess:floodnet_sem_seg_test"]) == 1
+    assert re.search(r'val\n  WRONG: .*run: pip install "maft-adapter\[mess\]"\nwrong: 1\n$', output())
 
 
 @pytest.mark.parametrize(

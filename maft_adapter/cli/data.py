@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
                 warnings.simplefilter("ignore", UserWarning)  # the report says the same
                 dataset = open_dataset(name, arguments.root, split, names=arguments.classes, layout=arguments.layout)
             report = check_dataset(dataset, arguments.sample)
-        except (OSError, ValueError) as error:
+        except (ImportError, OSError, ValueError) as error:
             print(f"{name} {split}\n  WRONG: {error}")
             faults += 1
             continue

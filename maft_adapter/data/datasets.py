@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +43,7 @@ class Item(NamedTuple):
         picture: a file, to be read with `maft_adapter.pictures.read_picture`, or (H, W, 3) uint8 RGB.
         labels: (H, W) class indices 0..C-1 or the data set's `ignore_index`, uint8 or uint16, on the picture as
             `read_picture` gives it.
-        name: of the picture, different for each.
+        name: the picture's path in its folder of pictures, such as "ADE_val_00000001.jpg"; different for each.
     """
 
     picture: Path | NDArray[np.uint8]
@@ -67,9 +67,9 @@ class SegmentationDataset(Dataset[Item]):
 
     name: str
     split: str
-    class_names: tuple[tuple[str, ...], ...]
+    class_names: tuple[tuple[str, ...], ...] = field(repr=False)
     names: str
-    unseen: tuple[int, ...]
+    unseen: tuple[int, ...] = field(repr=False)
     layout: str
     folder: Path | None
 
@@ -112,10 +112,10 @@ class FileDataset(SegmentationDataset):
         unlabelled: names of the pictures without a label file, which are left out.
     """
 
-    pairs: tuple[Pair, ...]
-    values: tuple[int, ...]
+    pairs: tuple[Pair, ...] = field(repr=False)
+    values: tuple[int, ...] = field(repr=False)
     void: Collection[int] | None
-    unlabelled: tuple[str, ...] = ()
+    unlabelled: tuple[str, ...] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -129,7 +129,8 @@ class FileDataset(SegmentationDataset):
             labels = to_classes(values, self.values, self.void, self.ignore_index)
         except ValueError as error:
             raise ValueError(f"{pair.labels}: {error}") from None
-        return Item(pair.picture, lay_on_picture(labels, pair.picture, pair.labels), pair.name)
+        labels = lay_on_picture(labels, pair.picture, pair.labels)
+        return Item(pair.picture, labels, pair.name + pair.picture.suffix)
 
 
 @dataclass(frozen=True)
@@ -159,9 +160,9 @@ def open_dataset(
 ) -> SegmentationDataset:
     """Find a data set on disk, in whichever layout it has.
 
-    Of several layouts the first of this order is taken: those that a script prepared (of the detectron2 lineage, MAFT,
-    CAT-Seg, ZegFormer, FC-CLIP, mmsegmentation), then the download as it is, unless FC-CLIP's copy of VOC 2012, whose
-    training part is a seventh of it, is all there is. `maft-adapter data check` lists all that are there.
+    Of several layouts the first that has the split is taken, in the order of `maft_adapter.data.layouts.LAYOUTS`: what
+    somebody's script prepared before the download as it is; only FC-CLIP's copy of VOC 2012, which has a seventh of the
+    training part, comes last. `maft-adapter data check` lists all that are there.
 
     Args:
         name: one of `DATASETS`:

@@ -107,7 +107,9 @@ def to_classes(
     unknown = sorted(set(present) - set(of_classes) - set(void or ())) if void is not None else []
     if unknown or low < 0 or high >= 2**16:
         expected = f"{len(of_classes)} classes, {min(of_classes)} to {max(of_classes)}"
-        raise ValueError(f"the values {(unknown or present)[:8]} stand for no class; there are {expected}, and {void}")
+        if void:
+            expected += f", and {', '.join(map(str, void))} for what does not count"
+        raise ValueError(f"the values {(unknown or present)[:8]} stand for no class; there are {expected}")
     table = np.full(high + 1, ignore_index, np.uint8 if ignore_index == 255 else np.uint16)
     for index, value in enumerate(of_classes):
         if value <= high:

@@ -88,6 +88,7 @@ _ADE = ("ADEChallengeData2016", "ade/ADEChallengeData2016")
 _ADE_FULL = ("ADE20K_2021_17_01", "ade/ADE20K_2021_17_01")
 _STUFF = ("coco-stuff", "coco_stuff164k", "coco/coco_stuff")
 
+# Of COCO, FC-CLIP's lineage reads the 133 panoptic classes, which are none of these.
 LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "voc-20": (
         Layout("detectron2", _VOC, _VOC_IMAGES, ("annotations_detectron2/{split}",)),
@@ -223,12 +224,11 @@ def _look(layout: Layout, folder: Path, split: str) -> Found | None:
         return [path for path in paths if path.exists()]
 
     images, labels, lists = existing(layout.images), existing(layout.labels), existing(layout.val_list)
-    if not images or (layout.val_list and not lists):
+    labels = [path for path in labels if next(_walk(path, (layout.suffix,), layout.nested), None)]
+    if not images or not labels or (layout.val_list and not lists):
         return None
-    with_files = tuple(path for path in labels if next(_walk(path, (layout.suffix,), layout.nested), None))
-    if not with_files:
-        return None
-    return Found(layout, folder, split, images[0], with_files, lists[0] if lists else None)
+    found = Found(layout, folder, split, images[0], tuple(labels), lists[0] if lists else None)
+    return found if not lists or _label_files(found) else None
 
 
 def pair_files(found: Found) -> tuple[list[Pair], list[str]]:
@@ -240,21 +240,29 @@ def pair_files(found: Found) -> tuple[list[Pair], list[str]]:
         OSError: a folder or the list of names can't be read.
         ValueError: label files without a picture, names of the list without a label file, or two files of one name.
     """
-    layout = found.layout
-    labels: dict[str, Path] = {}
-    for folder in reversed(found.labels):
-        labels.update(_files(folder, (layout.suffix,), layout.nested))
-    if found.val_list is not None:
-        listed = set(found.val_list.read_text(encoding="utf-8").split())
-        if found.split == "val":
-            _refuse(listed - labels.keys(), f"names of {found.val_list} have no label file in {found.labels[0]}")
-            labels = {name: path for name, path in labels.items() if name in listed}
-        else:
-            labels = {name: path for name, path in labels.items() if name not in listed}
-    pictures = _files(found.images, layout.image_suffixes, layout.nested)
+    labels = _label_files(found)
+    if found.val_list is not None and found.split == "val":
+        lost = _listed(found.val_list) - labels.keys()
+        _refuse(lost, f"names of {found.val_list} have no label file in {found.labels[0]}")
+    pictures = _files(found.images, found.layout.image_suffixes, found.layout.nested)
     _refuse(labels.keys() - pictures.keys(), f"label files of {found.labels[0]} have no picture in {found.images}")
     unlabelled = [] if found.images.name == "JPEGImages" else sorted(pictures.keys() - labels.keys())
     return [Pair(name, pictures[name], labels[name]) for name in sorted(labels)], unlabelled
+
+
+def _label_files(found: Found) -> dict[str, Path]:
+    """Those of the split, by their names."""
+    labels: dict[str, Path] = {}
+    for folder in reversed(found.labels):
+        labels.update(_files(folder, (found.layout.suffix,), found.layout.nested))
+    if found.val_list is None:
+        return labels
+    listed = _listed(found.val_list)
+    return {name: path for name, path in labels.items() if (name in listed) == (found.split == "val")}
+
+
+def _listed(val_list: Path) -> set[str]:
+    return set(val_list.read_text(encoding="utf-8").split())
 
 
 def _refuse(names: set[str], what: str) -> None:
