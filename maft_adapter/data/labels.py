@@ -146,9 +146,9 @@ def lay_on_picture(values: NDArray[Any], picture: Path, labels: Path) -> NDArray
     if values.shape == stored:
         exif = Image.Exif()
         exif[_ORIENTATION] = orientation
-        page = Image.fromarray(values)
+        page = Image.fromarray(values.astype(np.int32))  # older versions of PIL do not turn 16 bits
         page.info["exif"] = exif.tobytes()
-        return np.asarray(ImageOps.exif_transpose(page))  # (W, H)
+        return np.asarray(ImageOps.exif_transpose(page)).astype(values.dtype)  # (W, H)
     raise ValueError(
         f"{labels} is {values.shape[0]}x{values.shape[1]} (height x width), its picture {picture} "
         f"{shown[0]}x{shown[1]}: they don't belong together, or one was resized"
