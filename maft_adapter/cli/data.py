@@ -43,8 +43,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it; returns the exit status."""
-    from ..contact_sheet import contact_sheet
-    from ..data.check import check_dataset, sheet_entries
+    from ..data.check import check_dataset
     from ..data.datasets import DATASETS, open_dataset
     from ..data.layouts import LAYOUTS, SPLITS, find_layouts
 
@@ -58,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.error(f"--data {arguments.data}: expected one of {', '.join(DATASETS)}, or mess:NAME")
     names = [arguments.data] if arguments.data else [name for name in LAYOUTS if name != "folder"]
 
-    missing, faults, entries = [], 0, []
+    missing, faults, samples = [], 0, []
     parts = [(name, split) for name in names for split in SPLITS if not (name.startswith("mess:") and split == "train")]
     for name, split in parts:
         try:
@@ -80,8 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         facts = [*report.facts, *(f"not taken: {one}" for one in also), *(f"WRONG: {one}" for one in report.faults)]
         print("".join(f"  {fact}\n" for fact in facts), end="")
         faults += len(report.faults)
-        if arguments.out is not None:
-            entries += sheet_entries(dataset, report.sample)
+        samples.append((dataset, report.sample))
 
     if missing:
         print(f"not there: {', '.join(missing)}")
@@ -90,6 +88,10 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"nothing found in {arguments.root}: looked for {', '.join(folders) or 'images/ and labels/'}")
         return 1
     if arguments.out is not None:
+        from ..contact_sheet import contact_sheet
+        from ..data.sheet import sheet_entries
+
+        entries = [entry for dataset, items in samples for entry in sheet_entries(dataset, items)]
         arguments.out.write_text(contact_sheet(entries, f"Data sets in {arguments.root}"), encoding="utf-8")
         print(f"{len(entries)} pictures with their labels: {arguments.out}")
     print(f"wrong: {faults}" if faults else "nothing is wrong")

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from ..contact_sheet import Entry
-from ..extras import extra
 from ..pictures import read_picture
-from ..show import PALETTE, UNLABELLED, colorize
 from .datasets import FileDataset, Item, SegmentationDataset
-
-with extra("pictures"):
-    from PIL import Image
 
 _VOC = {"train": {10582: "", 1464: "those of VOC alone; SegmentationClassAug brings 9118 more"}, "val": {1449: ""}}
 _CONTEXT = {"train": {4998: ""}, "val": {5105: ""}}
@@ -99,32 +90,3 @@ def check_dataset(dataset: SegmentationDataset, sample: int = 32) -> Report:
         faults.append(f"no pixel of {len(items)} label maps is of any class: the labels are of something else")
     read = f"labels of {len(items)} pictures read: {present} of {len(dataset.class_names)} classes, "
     return Report((count, f"{read}{share:.1f} % of the pixels do not count"), tuple(faults), tuple(items))
-
-
-def sheet_entries(dataset: SegmentationDataset, items: Sequence[Item], height: int = 200) -> list[Entry]:
-    """Pictures with their label maps on the right, for a `contact_sheet` that can be filtered by class.
-
-    The nine largest classes of a picture have colours, the others share a grey; what does not count is white.
-
-    Args:
-        dataset: whose items they are.
-        items: some of them.
-        height: of the thumbnails, in pixels.
-    """
-    entries = []
-    for item in items:
-        areas = np.bincount(item.labels.ravel(), minlength=dataset.ignore_index + 1)[: len(dataset.class_names)]  # (C,)
-        present = [k for k in np.argsort(-areas, kind="stable").tolist() if areas[k]]
-        palette = {**dict(zip(present, PALETTE, strict=False)), dataset.ignore_index: UNLABELLED}
-        pages = [Image.fromarray(read_picture(item.picture)), Image.fromarray(colorize(item.labels, palette))]
-        size = max(1, round(pages[0].width * height / pages[0].height)), height
-        both = Image.new("RGB", (2 * size[0], height))
-        both.paste(pages[0].resize(size), (0, 0))
-        both.paste(pages[1].resize(size, Image.Resampling.NEAREST), (size[0], 0))
-        jpeg = io.BytesIO()
-        both.save(jpeg, "JPEG")
-        url = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
-        names = [dataset.class_names[k][0] for k in present]
-        shares = (f"{name} {100 * areas[k] / item.labels.size:.0f} %" for name, k in zip(names, present, strict=True))
-        entries.append(Entry(url, f"{dataset.name} {dataset.split} {item.name}", names, ", ".join(shares)))
-    return entries
