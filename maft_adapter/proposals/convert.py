@@ -1,14 +1,20 @@
-"""Masks as other programs have them, and as arrays: run-length codes, SAM's records, supervision's detections, boxes."""
+"""Masks as other programs have them: run-length codes and polygons, SAM's records, supervision's detections, boxes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ..extras import extra
+from ..masks import boxes_to_masks
+from .base import Proposals, check_proposals
+
+if TYPE_CHECKING:
+    import supervision
 
 
 def to_rle(masks: NDArray[np.bool_]) -> list[dict[str, Any]]:
@@ -75,6 +81,169 @@ def from_rle(rles: Sequence[Mapping[str, Any]], size: tuple[int, int] | None = N
         inside = np.arange(len(runs)) % 2 == 1
         mask[:] = inside.repeat(runs).reshape(width, height).T
     return masks
+
+
+def from_coco(segmentation: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """What COCO calls a segmentation -> one mask.
+
+    Args:
+        segmentation: a list of polygons [x1, y1, x2, y2, ...] in pixels, whose union it is, or a run-length code.
+        size: (H, W) of the picture.
+
+    Returns:
+        (H, W) bool, drawn as pycocotools draws it.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: a code of another size or damaged; no polygon; one of less than three points, or not of numbers.
+
+    Example:
+        >>> from_coco([[1, 0, 3, 0, 3, 2, 1, 2]], (2, 4)).astype(int).tolist()
+        [[0, 1, 1, 0], [0, 1, 1, 0]]
+    """
+    if isinstance(segmentation, Mapping):
+        return from_rle([segmentation], size)[0]
+    if not isinstance(segmentation, Sequence) or isinstance(segmentation, str):
+        raise TypeError(f"segmentation is {segmentation!r:.60}, expected a list of polygons or a run-length code")
+    if not segmentation:
+        raise ValueError("segmentation is an empty list, expected at least one polygon")
+    for polygon in segmentation:
+        points = np.asarray(polygon) if isinstance(polygon, Sequence) else np.empty(0)
+        numbers = points.dtype.kind in "iuf" and points.ndim == 1 and np.isfinite(points).all()
+        # pycocotools takes two points for a box.
+        if not numbers or len(points) < 6 or len(points) % 2:
+            raise ValueError(f"polygon {polygon!r:.60} is not [x1, y1, x2, y2, ...] of at least three points")
+    with extra("pictures"):
+        from pycocotools.mask import frPyObjects, merge
+    return from_rle([merge(frPyObjects(segmentation, *size))], size)[0]
+
+
+def from_sam(records: Sequence[Mapping[str, Any]], size: tuple[int, int] | None = None) -> Proposals:
+    """The records of SAM's automatic mask generator, or of SA-1B -> proposals.
+
+    Args:
+        records: one dictionary a mask: `segmentation`, an (H, W) bool array or COCO's (a run-length code, polygons),
+            and, in all of them or in none, `predicted_iou`.
+        size: (H, W) of the picture; only without records and with polygons it has to be given.
+
+    Returns:
+        Proposals with bool masks. Their scores are the predicted IoU, an estimate that may leave [0, 1] a little and
+        is cut to it.
+
+    Raises:
+        TypeError: a record is not such a dictionary.
+        ValueError: masks of another size, a damaged code, or `predicted_iou` in some records only.
+
+    Example:
+        >>> from_sam([{"segmentation": np.eye(3, dtype=bool), "predicted_iou": 0.9}]).scores
+        array([0.9], dtype=float32)
+    """
+    masks = []
+    for i, record in enumerate(records):
+        if not isinstance(record, Mapping) or "segmentation" not in record:
+            raise TypeError(f"record {i} is {record!r:.60}, expected a dictionary with a 'segmentation'")
+        masks.append(mask_of(record["segmentation"], f"record {i}", size))
+        size = masks[-1].shape
+    if size is None:
+        raise ValueError("there are no records to tell the size of the masks: give size=(H, W)")
+    scores = scores_of(records, "predicted_iou")
+    return Proposals(
+        np.stack(masks) if masks else np.zeros((0, *size), bool),
+        None if scores is None else scores.clip(0, 1),
+    )
+
+
+def mask_of(segmentation: Any, owner: str, size: tuple[int, ...] | None) -> NDArray[np.bool_]:
+    """The `segmentation` of a record, an array or COCO's -> (H, W) bool; errors name the owner.
+
+    Raises:
+        ValueError: as `from_sam` says.
+    """
+    if isinstance(segmentation, np.ndarray):
+        mask = segmentation
+        if mask.dtype != np.bool_ or mask.ndim != 2 or (size is not None and mask.shape != tuple(size)):
+            expected = tuple(size) if size else "(H, W)"
+            raise ValueError(f"{owner} has a mask {mask.shape} {mask.dtype}, expected {expected} bool")
+        return mask
+    try:
+        if isinstance(segmentation, Mapping):
+            return from_rle([segmentation], size)[0]
+        if size is None:
+            raise ValueError("polygons don't tell the size of the picture: give size=(H, W)")
+        return from_coco(segmentation, size)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{owner}: {error}") from error
+
+
+def scores_of(records: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float32] | None:
+    """What all records hold under a key, (N,); None if none does.
+
+    Raises:
+        ValueError: only some do, or it is not a number.
+
+    Example:
+        >>> scores_of([{"score": 0.5}, {"score": 1}], "score")
+        array([0.5, 1. ], dtype=float32)
+    """
+    found = [record[key] for record in records if record.get(key) is not None]
+    if not found:
+        return None
+    if len(found) < len(records):
+        raise ValueError(f"{len(found)} of {len(records)} records have {key!r}, expected all or none")
+    if not all(isinstance(value, float | int | np.number) for value in found):
+        raise ValueError(f"{key!r} must be a number in every record")
+    return np.array(found, np.float32)
+
+
+def from_detections(detections: supervision.Detections, size: tuple[int, int]) -> Proposals:
+    """`supervision.Detections` -> proposals: its masks, or else its boxes; its confidences as scores.
+
+    Args:
+        detections: N of them.
+        size: (H, W) of the picture.
+
+    Returns:
+        Proposals with bool masks.
+
+    Raises:
+        TypeError: other masks than bool ones.
+        ValueError: masks of another size, or boxes that are not XYXY.
+
+    Example:
+        >>> import supervision
+        >>> detections = supervision.Detections(np.array([[1, 0, 3, 1]]), confidence=np.array([0.75]))
+        >>> from_detections(detections, (2, 4)).masks.astype(int).tolist()
+        [[[0, 1, 1, 0], [0, 0, 0, 0]]]
+    """
+    if detections.mask is None or not len(detections):  # none at all may have masks of no size
+        proposals = from_boxes(detections.xyxy, size)
+    else:
+        proposals = Proposals(np.asarray(detections.mask))
+    confidence = detections.confidence
+    proposals = proposals._replace(scores=None if confidence is None else confidence.astype(np.float32))
+    check_proposals(proposals, size)
+    return proposals
+
+
+def from_boxes(boxes: NDArray[Any] | torch.Tensor, size: tuple[int, int]) -> Proposals:
+    """Boxes -> proposals, filled rectangles, as `masks.boxes_to_masks` draws them.
+
+    Args:
+        boxes: (N, 4) XYXY in pixels.
+        size: (H, W) of the picture.
+
+    Returns:
+        Proposals with bool masks.
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: another shape, or boxes that are not XYXY.
+
+    Example:
+        >>> from_boxes(np.array([[0, 0, 2, 1]]), (2, 3)).masks.astype(int).tolist()
+        [[[1, 1, 0], [0, 0, 0]]]
+    """
+    return Proposals(boxes_to_masks(torch.as_tensor(boxes), size).numpy())
 
 
 def _runs(counts: str | bytes | Sequence[int]) -> NDArray[np.int64] | None:
