@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,8 +67,7 @@ def check_proposals(proposals: Proposals, size: tuple[int, int]) -> None:
     if masks.ndim != 3:
         raise ValueError(f"masks are (N, H, W), got {masks.shape}")
     check_size(masks.shape[1:], size)
-    if masks.dtype == np.float32:
-        _check_unit_range("masks", masks, "logits need a sigmoid")
+    _check_unit_range("masks", masks, "logits need a sigmoid")
     for name, values, ndim in (("scores", scores, 1), ("class_scores", class_scores, 2)):
         if values is None:
             continue
@@ -90,7 +89,7 @@ def check_size(found: Sequence[int], size: Sequence[int]) -> None:
         raise ValueError(f"masks are {sizes[0]} (height x width), the picture {sizes[1]}{cure}")
 
 
-def _check_unit_range(name: str, values: NDArray[np.float32], cure: str) -> None:
+def _check_unit_range(name: str, values: NDArray[Any], cure: str) -> None:
     low, high = values.min(initial=1), values.max(initial=0)
     if not (low >= 0 and high <= 1):  # also catches NaN
         raise ValueError(f"{name} must lie in [0, 1], got values from {low:.4g} to {high:.4g}: {cure}")

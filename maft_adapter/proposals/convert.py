@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..extras import extra
 from ..masks import boxes_to_masks
-from .base import Proposals, check_proposals
+from .base import Proposals, check_proposals, check_size
 
 if TYPE_CHECKING:
     import supervision
@@ -65,10 +65,11 @@ def from_rle(rles: Sequence[Mapping[str, Any]], size: tuple[int, int] | None = N
     for i, rle in enumerate(rles):
         if not isinstance(rle, Mapping) or not {"size", "counts"} <= rle.keys():
             raise TypeError(f"code {i} is {rle!r:.60}, expected a dictionary with 'size' and 'counts'")
-        height_width = tuple(rle["size"])
-        size = size or height_width
-        if height_width != tuple(size) or len(size) != 2:
-            raise ValueError(f"code {i} is of size {height_width}, expected (height, width) {tuple(size)}")
+        found = rle["size"]
+        if not isinstance(found, Sequence) or len(found) != 2 or not all(isinstance(n, int) and n > 0 for n in found):
+            raise ValueError(f"code {i} is of size {found!r:.60}, expected [height, width]")
+        size = size or (found[0], found[1])
+        check_size(found, size)
     if size is None:
         raise ValueError("there are no codes to tell the size of the masks: give size=(height, width)")
     height, width = size
@@ -138,12 +139,12 @@ def from_sam(records: Sequence[Mapping[str, Any]], size: tuple[int, int] | None 
         >>> from_sam([{"segmentation": np.eye(3, dtype=bool), "predicted_iou": 0.9}]).scores
         array([0.9], dtype=float32)
     """
-    masks = []
+    masks: list[NDArray[np.bool_]] = []
     for i, record in enumerate(records):
         if not isinstance(record, Mapping) or "segmentation" not in record:
             raise TypeError(f"record {i} is {record!r:.60}, expected a dictionary with a 'segmentation'")
         masks.append(mask_of(record["segmentation"], f"record {i}", size))
-        size = masks[-1].shape
+        size = size or masks[0].shape
     if size is None:
         raise ValueError("there are no records to tell the size of the masks: give size=(H, W)")
     scores = scores_of(records, "predicted_iou")
@@ -153,7 +154,7 @@ def from_sam(records: Sequence[Mapping[str, Any]], size: tuple[int, int] | None 
     )
 
 
-def mask_of(segmentation: Any, owner: str, size: tuple[int, ...] | None) -> NDArray[np.bool_]:
+def mask_of(segmentation: Any, owner: str, size: tuple[int, int] | None) -> NDArray[np.bool_]:
     """The `segmentation` of a record, an array or COCO's -> (H, W) bool; errors name the owner.
 
     Raises:
@@ -161,9 +162,9 @@ def mask_of(segmentation: Any, owner: str, size: tuple[int, ...] | None) -> NDAr
     """
     if isinstance(segmentation, np.ndarray):
         mask = segmentation
-        if mask.dtype != np.bool_ or mask.ndim != 2 or (size is not None and mask.shape != tuple(size)):
-            expected = tuple(size) if size else "(H, W)"
-            raise ValueError(f"{owner} has a mask {mask.shape} {mask.dtype}, expected {expected} bool")
+        if mask.dtype != np.bool_ or mask.ndim != 2:
+            raise ValueError(f"{owner} has a mask {mask.shape} {mask.dtype}, expected (H, W) bool")
+        check_size(mask.shape, size or mask.shape)
         return mask
     try:
         if isinstance(segmentation, Mapping):
@@ -218,7 +219,7 @@ def from_detections(detections: supervision.Detections, size: tuple[int, int]) -
     if detections.mask is None or not len(detections):  # none at all may have masks of no size
         proposals = from_boxes(detections.xyxy, size)
     else:
-        proposals = Proposals(np.asarray(detections.mask))
+        proposals = Proposals(np.asarray(detections.mask))  # type: ignore[arg-type]  # checked below
     confidence = detections.confidence
     proposals = proposals._replace(scores=None if confidence is None else confidence.astype(np.float32))
     check_proposals(proposals, size)

@@ -274,9 +274,7 @@ def _read_mask(path: Path) -> NDArray[np.bool_]:
     values = _read_png(path)
     found = np.unique(values)
     if (found != 0).sum() > 1:
-        raise ValueError(
-            f"{path.name} has values {found[:4].tolist()} ..., expected 0 and one other: apply a threshold"
-        )
+        raise ValueError(f"{path.name} has values {found[:4].tolist()} ..., expected 0 and one other: binarize it")
     return values > 0
 
 

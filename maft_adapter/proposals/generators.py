@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,21 +94,23 @@ class Sam:
 
 
 class _MaskGeneration(MaskGenerationPipeline):
-    def preprocess(self, *args: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
-        """Points all over the picture: for SAM 2, which sees a square, the pipeline leaves them in the picture's aspect.
+    def preprocess(self, input_: Any, **preprocess_parameters: Any) -> Any:
+        """Batches of points all over the picture.
 
-        A picture twice as wide as high would be asked in the upper half alone.
+        SAM 2 sees it as a square, but the pipeline puts its points as if the aspect were kept: of a picture twice as
+        wide as high, only the upper half would be asked for.
         """
-        batches = list(super().preprocess(*args, **kwargs))
-        size = self.image_processor.size
-        if "height" in size.keys():
+        batches = list(super().preprocess(input_, **preprocess_parameters))
+        processor: Any = self.image_processor
+        size = processor.size
+        if size.get("height"):
             square = torch.tensor([size["width"], size["height"]])
             points = torch.cat([batch["input_points"] for batch in batches], dim=1)  # (1, P, 1, 2), x and y
             nearest, farthest = points.amin((0, 1, 2)), points.amax((0, 1, 2))
             # Of a grid, the margins at both ends are equal.
             for batch in batches:
                 batch["input_points"] = batch["input_points"] * square / (nearest + farthest)
-        yield from batches
+        return batches
 
 
 class Mask2Former:
@@ -130,9 +131,8 @@ class Mask2Former:
     def __init__(
         self, model: str = "facebook/mask2former-swin-small-coco-instance", device: torch.device | str = "cpu"
     ) -> None:
-        network, self._processor, source = _load(
-            AutoModelForUniversalSegmentation, model, ("mask2former", "maskformer")
-        )
+        kinds = ("mask2former", "maskformer")
+        network, self._processor, source = _load(AutoModelForUniversalSegmentation, model, kinds)
         self._network = network.to(device)
         self.settings = f"mask2former: {source}"
 

@@ -7,6 +7,7 @@ import io
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +26,8 @@ class Kept:
 
     An entry is found by the picture's pixels and the proposer's settings (and, for `Files`, the picture's name), so
     moved and renamed pictures find theirs, and those of other settings are not used. It begins with a checksum over
-    both and the rest; one that does not match is made again, with a warning. Entries are written whole or not at all, so
-    processes may share the folder. Nothing is ever removed; the folder can be at any time.
+    both and the rest; one that does not match is made again, with a warning. Entries are written whole or not at all,
+    so processes may share the folder. Nothing is ever removed; the folder can be at any time.
 
     Bool masks are kept as run-length codes, scores as they are. Soft masks are kept in steps of 1/255, and given so at
     once, so that the first answer equals the later ones; at most 0.002 off, and on the same side of 0.5.
@@ -71,7 +72,7 @@ class Kept:
         size = picture.shape[:2]
         about = [_FORMAT, self.settings, name if isinstance(self.proposer, Files) else "", picture.shape, picture.dtype]
         key = hashlib.sha256(repr(about).encode(errors="surrogateescape"))
-        key.update(np.ascontiguousarray(picture))
+        key.update(picture.tobytes())
         # Each folder stays small enough to be listed, as is done whenever a file is replaced.
         path = self.folder / key.hexdigest()[:2] / f"{key.hexdigest()[2:]}.masks"
         try:
@@ -96,17 +97,14 @@ def _digest(key: bytes, content: bytes) -> bytes:
 
 
 def _pack(proposals: Proposals) -> bytes:
-    masks, scores, class_scores = proposals
-    arrays: dict[str, NDArray[np.generic]] = {"shape": np.array(masks.shape)}
+    masks: NDArray[Any] = proposals.masks
+    arrays: dict[str, NDArray[Any]] = {"shape": np.array(masks.shape)}
     if masks.dtype == np.bool_:
         codes = "\n".join(rle["counts"] for rle in to_rle(masks))
         arrays["codes"] = np.frombuffer(codes.encode("ascii"), np.uint8)
     else:
         arrays["soft"] = np.rint(masks * 255).astype(np.uint8)
-    if scores is not None:
-        arrays["scores"] = scores
-    if class_scores is not None:
-        arrays["class_scores"] = class_scores
+    arrays |= {key: values for key, values in proposals._asdict().items() if key != "masks" and values is not None}
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     return file.getvalue()
@@ -120,4 +118,4 @@ def _unpack(content: bytes) -> Proposals:
         else:
             codes = arrays["codes"].tobytes().decode("ascii").split("\n") if count else []
             masks = from_rle([{"size": size, "counts": code} for code in codes], tuple(size))
-        return Proposals(masks, *(arrays[key] if key in arrays else None for key in ("scores", "class_scores")))
+        return Proposals(masks, arrays.get("scores"), arrays.get("class_scores"))
