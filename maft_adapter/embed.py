@@ -43,7 +43,7 @@ from ._version import __version__
 from .adapt import encode_masks, valid_masks
 from .checkpoint import replace_file
 from .extras import extra
-from .models import image_tower, load_model
+from .models import Model, image_tower, load_model
 from .pictures import SUFFIXES, find_pictures, prepare, read_picture
 from .proposals import Proposer, proposer
 from .proposals.convert import to_rle
@@ -54,7 +54,18 @@ with extra("embed"):
     import pyarrow.parquet as pq
     from pycocotools.mask import area, toBbox
 
-__all__ = ["Embedder", "Embeddings", "Source", "Summary", "embed", "embed_on_ray", "find_sources", "read_embeddings"]
+__all__ = [
+    "Embedder",
+    "Embeddings",
+    "Source",
+    "Summary",
+    "embed",
+    "embed_on_ray",
+    "find_sources",
+    "model_of",
+    "read_embeddings",
+    "source_of",
+]
 
 FORMAT = 1  # of the files; another one is refused
 _KEY = b"maft_adapter"  # of the settings among a file's metadata
@@ -101,27 +112,49 @@ def find_sources(arguments: Sequence[str | os.PathLike[str]], failed: Failed) ->
         OSError, ValueError: as `find_pictures`.
     """
     sources: dict[str, Source] = {}
+
+    def add(source: Source) -> None:
+        if source.path.encode(errors="replace").decode() != source.path:
+            failed(source.path, ValueError("its name is not UTF-8; rename it"))
+        elif source.path in sources:
+            failed(source.path, ValueError("a second member of this name; rename it"))
+        else:
+            sources[source.path] = source
+
     for path in find_pictures(arguments):
         name = os.path.abspath(path)
         if path.suffix != ".tar":
-            sources[name] = Source(name, name)
+            add(Source(name, name))
             continue
-        before = len(sources)
+        empty = True
         try:
             with tarfile.open(path, "r:") as shard:
                 for member in shard:
-                    key = f"{name}/{member.name}"
-                    if not member.isfile() or Path(member.name).suffix.lower() not in SUFFIXES:
-                        continue
-                    if key in sources:
-                        failed(key, ValueError("a second member of this name; rename it"))
-                    else:
-                        sources[key] = Source(key, name, member.offset_data, member.size)
-            if len(sources) == before:
+                    if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
+                        empty = False
+                        add(Source(f"{name}/{member.name}", name, member.offset_data, member.size))
+            if empty:
                 raise ValueError(f"no member has a picture's suffix: {', '.join(SUFFIXES)}")
         except (tarfile.TarError, OSError, ValueError) as error:
             failed(name, error)
     return list(sources.values())
+
+
+def source_of(path: str) -> Source:
+    """Where the picture lies that `Source.path` names.
+
+    Raises:
+        OSError: it is not there.
+    """
+    shard, is_member, member = path.rpartition(".tar/")
+    if os.path.exists(path) or not is_member:
+        return Source(path, path)
+    try:
+        with tarfile.open(f"{shard}.tar", "r:") as file:
+            found = file.getmember(member)
+    except (tarfile.TarError, KeyError) as error:
+        raise FileNotFoundError(f"{path}: no such member") from error
+    return Source(path, f"{shard}.tar", found.offset_data, found.size)
 
 
 class Embedder:
@@ -167,7 +200,6 @@ class Embedder:
     ) -> None:
         if size is not None and size < 1:
             raise ValueError(f"size is {size}, expected at least 1 pixel")
-        given = {key: value for key, value in model.items() if value is not None}
         self.model = load_model(device=device, **model)
         self.proposer = proposer(proposals, device) if isinstance(proposals, str) else proposals
         self.size, self.keep_aspect = size or self.model.size, keep_aspect
@@ -179,7 +211,7 @@ class Embedder:
         self.settings = {
             "format": FORMAT,
             "version": __version__,
-            "model": {key: os.path.abspath(value) if key == "checkpoint" else value for key, value in given.items()},
+            "model": {key: _lasting(key, value) for key, value in model.items() if value is not None},
             "source": self.model.source,
             "proposals": self.proposer.settings,
             "size": self.size,
@@ -207,7 +239,7 @@ class Embedder:
             pictures = ((path, data.as_py) for path, data in pairs)
         else:
             pictures = ((row["path"], Source(**row).read) for row in batch.to_pylist())
-        return self.table(list(self.rows(pictures, _print)))
+        return self.table(list(self.rows(pictures, _Failures(show=True))))
 
     def rows(self, pictures: Iterable[tuple[str, Callable[[], bytes]]], failed: Failed) -> Iterator[dict[str, Any]]:
         """One row a picture, in order; the next picture is prepared while one is encoded.
@@ -227,11 +259,11 @@ class Embedder:
                 name, prepared = ahead.popleft()
                 try:
                     row, image, masks = prepared.result()
-                except (ValueError, OSError) as error:
+                    row["embeddings"], row["valid"] = self._encode(image, masks)
+                except Exception as error:  # of any kind, so that one bad picture does not stop the others
                     failed(name, error)
-                    continue
-                row["embeddings"], row["valid"] = self._encode(image, masks)
-                yield row
+                else:
+                    yield row
 
     def table(self, rows: Sequence[dict[str, Any]]) -> pa.Table:
         """Rows as a table of `schema`."""
@@ -334,7 +366,7 @@ def embed(
         sources = find_sources(pictures, failed)
         done = _written(folder, embedder.settings)
         todo = [source for source in sources if source.path not in done]
-        bar = tqdm(todo, disable=not progress, unit="picture")
+        bar = tqdm(todo, disable=None if progress else True, unit="picture")
         rows = embedder.rows(((source.path, source.read) for source in bar), failed)
         embedded = 0
         while shard := list(itertools.islice(rows, per_shard)):
@@ -348,7 +380,7 @@ def embed(
 def embed_on_ray(
     pictures: Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
-    address: str | None = None,
+    address: str = "local",
     *,
     per_shard: int = 256,
     **options: Any,
@@ -361,7 +393,8 @@ def embed_on_ray(
 
     Args:
         pictures, out: as `embed` takes them.
-        address: of a running cluster, such as "auto"; by default Ray starts on this machine, unless it runs already.
+        address: of a running cluster, such as "auto"; by default Ray starts on this machine. Where this process is
+            connected to one already, that is it.
         per_shard: the fewest rows of a shard but the last ones of each worker.
         options: the arguments of `Embedder`.
 
@@ -391,14 +424,36 @@ def embed_on_ray(
                 fn_constructor_kwargs=options,
                 batch_format="pyarrow",
                 batch_size=_AT_ONCE,
-                concurrency=(1, max(1, workers)),
+                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, workers)),
                 num_gpus=int(on_gpu),
             )
             rows.write_parquet(str(folder / _RAY), min_rows_per_file=per_shard, **_PARQUET)
             done = _written(folder, embedder.settings)
         lost = [source.path for source in todo if source.path not in done]
-        failed.update(dict.fromkeys(lost, "see the worker's message"))
+        for path in lost:
+            failed(path, ValueError("no worker could embed it; see its message"))
     return Summary(len(todo) - len(lost), len(sources) - len(todo), dict(failed))
+
+
+def model_of(settings: dict[str, Any], device: torch.device | str = "cpu") -> Model:
+    """Load the model that made embeddings, to ask them for words.
+
+    Args:
+        settings: of `Embedder` or `Embeddings`.
+        device: where it shall lie.
+
+    Raises:
+        ValueError: what has that name now is another model; or as `load_model`.
+        OSError: as `load_model`.
+
+    Example:
+        >>> model_of(Embedder().settings).source
+        'embedded CLIP, start layer 0, fp32, weights ...'
+    """
+    model = load_model(device=device, **settings["model"])
+    if model.source != settings["source"]:
+        raise ValueError(f"the embeddings are of the model {settings['source']!r}, what is loaded now {model.source!r}")
+    return model
 
 
 class Embeddings(NamedTuple):
@@ -529,6 +584,12 @@ def _matrix(folder: Path, files: list[Path], shape: tuple[int, int]) -> NDArray[
     return np.load(path, mmap_mode="r")
 
 
+def _lasting(name: str, value: Any) -> Any:
+    """An argument of `load_model` that holds in any working directory."""
+    is_path = name in ("checkpoint", "pretrained") or (name == "name" and os.sep in value)
+    return os.path.abspath(value) if is_path and os.path.exists(value) else value
+
+
 class _Failures(dict[str, str]):
     """Collects names and reasons, and shows them at once if that is wanted."""
 
@@ -536,13 +597,9 @@ class _Failures(dict[str, str]):
         self.show = show
 
     def __call__(self, name: str, error: Exception) -> None:
-        self[name] = str(error)
+        self[name] = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
         if self.show:
-            _print(name, error)
-
-
-def _print(name: str, error: Exception) -> None:
-    tqdm.write(f"{name}: {error}", file=sys.stderr)
+            tqdm.write(f"failed: {name}: {self[name]}", file=sys.stderr)
 
 
 @contextmanager
@@ -562,13 +619,15 @@ def _locked(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 def _written(folder: Path, settings: dict[str, Any]) -> set[str]:
     """The pictures that shards of these settings hold, those among them that Ray has written whole."""
-    for file in sorted((folder / _RAY).glob("*")):
-        try:
-            pq.read_metadata(file)  # lies at the end
-        except pa.ArrowInvalid:
-            file.unlink()
-        else:
-            os.replace(file, _next_shard(folder))
+    if (folder / _RAY).exists():
+        for file in sorted((folder / _RAY).iterdir()):
+            try:
+                pq.read_metadata(file)  # lies at its end
+            except pa.ArrowInvalid:
+                file.unlink()
+            else:
+                os.replace(file, _next_shard(folder))
+        (folder / _RAY).rmdir()
     paths: set[str] = set()
     for file in _shards(folder):
         _check(file, settings)
