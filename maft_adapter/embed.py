@@ -46,6 +46,7 @@ from .extras import extra
 from .models import Model, image_tower, load_model
 from .pictures import SUFFIXES, find_pictures, prepare, read_picture
 from .proposals import Proposer, proposer
+from .proposals.base import check_proposals
 from .proposals.convert import to_rle
 
 with extra("embed"):
@@ -281,7 +282,9 @@ class Embedder:
     def _prepare(self, name: str, read: Callable[[], bytes]) -> tuple[dict[str, Any], Tensor, NDArray[Any]]:
         """All of a picture's row but what the tower says, and what the tower is asked: (3, h, w) and (N, H, W)."""
         picture = read_picture(read())  # (H, W, 3)
-        masks, scores, _ = self.proposer(picture, name)
+        proposals = self.proposer(picture, name)
+        check_proposals(proposals, picture.shape[:2])
+        masks = proposals.masks  # (N, H, W)
         rles = to_rle(masks if masks.dtype == bool else masks >= 0.5)
         boxes = np.array(toBbox(rles), np.int32).reshape(-1, 4)  # (N, 4) XYWH
         boxes[:, 2:] += boxes[:, :2]
@@ -292,7 +295,7 @@ class Embedder:
             "masks": [rle["counts"] for rle in rles],
             "areas": np.array(area(rles), np.int32),
             "boxes": boxes,
-            "scores": scores,
+            "scores": proposals.scores,
         }
         model = self.model
         return row, prepare(picture, model.mean, model.std, self.size, self.keep_aspect, model.multiple), masks
