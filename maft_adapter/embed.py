@@ -163,7 +163,12 @@ class Embedder:
 
     `embedder(batch)` is what `ray.data.Dataset.map_batches` calls with `batch_format="pyarrow"`. Batches have the
     columns `path` and `bytes`, as `ray.data.read_binary_files(..., include_paths=True)` makes them, or those of
-    `Source`. Pictures that can't be embedded are left out and named on stderr.
+    `Source`. Pictures that can't be embedded are left out and named on stderr. So a pipeline of your own is
+
+        ray.data.read_binary_files("s3://BUCKET/FOLDER", include_paths=True).map_batches(
+            Embedder, fn_constructor_kwargs={"name": "ViT-B-16", "pretrained": "openai", "device": "cuda"},
+            batch_format="pyarrow", compute=ray.data.ActorPoolStrategy(min_size=1, max_size=8), num_gpus=1,
+        ).write_parquet("s3://BUCKET/EMBEDDINGS")
 
     Args:
         proposals: where masks come from: what `maft_adapter.proposals.proposer` takes, or a `Proposer`. Soft masks
@@ -285,7 +290,7 @@ class Embedder:
         proposals = self.proposer(picture, name)
         check_proposals(proposals, picture.shape[:2])
         masks = proposals.masks  # (N, H, W)
-        rles = to_rle(masks if masks.dtype == bool else masks >= 0.5)
+        rles = to_rle(np.asarray(masks if masks.dtype == bool else masks >= 0.5, bool))
         boxes = np.array(toBbox(rles), np.int32).reshape(-1, 4)  # (N, 4) XYWH
         boxes[:, 2:] += boxes[:, :2]
         row = {

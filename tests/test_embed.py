@@ -112,7 +112,7 @@ def test_the_matrix_and_its_keys(pictures: Path, tmp_path: Path, embedder: Embed
     keys = [(p, m) for p, row in enumerate(found) for m, valid in enumerate(row["valid"]) if valid]
     assert list(zip(embeddings.pictures.tolist(), embeddings.masks.tolist(), strict=True)) == keys
     assert embeddings.matrix.dtype == np.float16 and isinstance(embeddings.matrix, np.memmap)
-    assert np.array_equal(embeddings.matrix, np.float16([found[p]["embeddings"][m] for p, m in keys]))
+    assert np.array_equal(embeddings.matrix, np.array([found[p]["embeddings"][m] for p, m in keys], np.float16))
     np.testing.assert_allclose(np.linalg.norm(embeddings.matrix.astype(float), axis=1), 1, atol=1e-3)
     assert embeddings.paths == [row["path"] for row in found]
     assert embeddings.settings == json.loads(pq.read_schema(out / "000000.parquet").metadata[b"maft_adapter"])
@@ -412,7 +412,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_ray_gives_the_rows_of_a_plain_run(workers: None, pictures: Path, shard: Path, tmp_path: Path) -> None:
     (pictures / "bad.png").write_text("no")
-    options = {"proposals": Halves()}
+    options: dict[str, Any] = {"proposals": Halves()}
     embed([pictures, shard], tmp_path / "plain", Embedder(**options))
     embed([pictures / "grey.png"], tmp_path / "ray", Embedder(**options))  # Ray goes on with what is there
     summary = module.embed_on_ray([pictures, shard], tmp_path / "ray", per_shard=4, **options)

@@ -68,7 +68,7 @@ def test_unit_vectors_of_a_mapped_file(engine: None, tmp_path: Any, monkeypatch:
 
 
 def test_more_than_there_are_gives_all(engine: None) -> None:
-    scores, indices = search(np.eye(3, dtype=np.float16), np.float32([[1, 0, -1]]), 10)
+    scores, indices = search(np.eye(3, dtype=np.float16), np.array([[1, 0, -1]]), 10)
     assert indices.tolist() == [[0, 1, 2]] and scores.tolist() == [[1, 0, -1]]
     empty = search(np.empty((0, 3), np.float16), np.ones((2, 3)), 10)
     assert [part.shape for part in empty] == [(2, 0), (2, 0)]
