@@ -170,7 +170,6 @@ def test_wrong_arguments(
 
 
 def test_contact_sheet(ade: Path, tmp_path: Path, output: Output) -> None:
-    pytest.importorskip("maft_adapter.contact_sheet")
     assert main(["data", "check", str(ade), "--data", "ade20k-150", "--out", str(tmp_path / "a.html")]) == 0
     assert f"4 pictures with their labels: {tmp_path / 'a.html'}" in output()
     page = html.unescape((tmp_path / "a.html").read_text(encoding="utf-8"))

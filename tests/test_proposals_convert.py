@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from matplotlib.path import Path
 from numpy.typing import NDArray
 from pycocotools import mask as coco
 
-from maft_adapter.proposals.convert import from_rle, to_rle
+from maft_adapter.proposals.convert import from_boxes, from_coco, from_detections, from_rle, from_sam, to_rle
 
 MASKS = arrays(bool, array_shapes(min_dims=3, max_dims=3, max_side=40))
 
@@ -28,7 +29,7 @@ def test_rle_is_pycocotools_and_gives_the_masks_back(masks: NDArray[np.bool_]) -
         assert rle == {"size": list(mask.shape), "counts": rle["counts"]} and isinstance(rle["counts"], str)
     assert np.array_equal(from_rle(rles), masks)
     as_bytes = [{"size": rle["size"], "counts": rle["counts"].encode()} for rle in rles]
-    assert np.array_equal(from_rle(as_bytes, masks.shape[1:]), masks)  # type: ignore[arg-type]
+    assert np.array_equal(from_rle(as_bytes, masks.shape[1:]), masks)
 
 
 @given(st.lists(st.integers(0, 50_000), min_size=1, max_size=30))
@@ -75,7 +76,66 @@ def test_other_input_is_refused() -> None:
     with pytest.raises(TypeError, match="code 0 is 'abc'"):
         from_rle(["abc"])  # type: ignore[list-item]
     rle = to_rle(disk(4, 5)[None])
-    with pytest.raises(ValueError, match=r"code 0 is of size \(4, 5\), expected \(height, width\) \(5, 4\)"):
+    with pytest.raises(ValueError, match=r"masks are 4 x 5 \(height x width\), the picture 5 x 4, turned"):
         from_rle(rle, (5, 4))
-    with pytest.raises(ValueError, match=r"code 1 is of size \(5, 4\)"):
+    with pytest.raises(ValueError, match=r"masks are 5 x 4 .* the picture 4 x 5"):
         from_rle([*rle, *to_rle(disk(5, 4)[None])])
+
+
+def test_polygons_are_drawn_as_pycocotools_draws_them() -> None:
+    polygons = [[3.2, 1.5, 14.0, 2.5, 9.0, 11.0], [1, 9, 5, 9, 5, 13, 1, 13]]
+    parts = [coco.decode(part) for part in coco.frPyObjects(polygons, 15, 20)]
+    assert np.array_equal(from_coco(polygons, (15, 20)), parts[0] | parts[1])
+    inside = Path([(1, 9), (5, 9), (5, 13), (1, 13)]).contains_points(np.argwhere(np.ones((20, 15))) + 0.5)
+    assert np.array_equal(from_coco(polygons[1:], (15, 20)), inside.reshape(20, 15).T)
+
+
+def test_records_of_sam() -> None:
+    mask = disk(7, 9)
+    records: list[dict[str, Any]] = [{"segmentation": mask}, {"segmentation": to_rle(mask[None])[0]}]
+    masks, scores, class_scores = from_sam(records)
+    assert np.array_equal(masks, [mask, mask]) and scores is None and class_scores is None
+    for record, score in zip(records, (1.01, -0.01), strict=True):
+        record["predicted_iou"] = score
+    assert np.array_equal(from_sam(records, (7, 9)).scores, np.array([1, 0], np.float32))  # type: ignore[arg-type]
+    assert from_sam([], (7, 9)).masks.shape == (0, 7, 9)
+    with pytest.raises(ValueError, match=r"no records to tell the size of the masks: give size=\(H, W\)"):
+        from_sam([])
+    with pytest.raises(ValueError, match=r"record 0: polygons don't tell the size"):
+        from_sam([{"segmentation": [[1, 1, 3, 3, 1, 3]]}])
+    with pytest.raises(ValueError, match=r"masks are 7 x 9 \(height x width\), the picture 9 x 7, turned"):
+        from_sam(records, (9, 7))
+    with pytest.raises(ValueError, match=r"masks are 9 x 7 \(height x width\), the picture 7 x 9, turned"):
+        from_sam([records[0], {"segmentation": mask.T}])
+    with pytest.raises(ValueError, match=r"record 1 has a mask \(7, 9\) uint8, expected \(H, W\) bool"):
+        from_sam([records[0], {"segmentation": mask.astype(np.uint8)}])
+    with pytest.raises(TypeError, match="record 0 is "):
+        from_sam([mask])  # type: ignore[list-item]
+
+
+@pytest.mark.filterwarnings("ignore:OpenCV")
+def test_detections_of_supervision() -> None:
+    import supervision
+
+    masks = np.stack([disk(7, 9), disk(7, 9)[:, ::-1]])
+    boxes = supervision.mask_to_xyxy(masks).astype(float)
+    confidence = np.array([0.25, 1.0])
+    for kept in (masks, supervision.CompactMask.from_dense(masks, boxes, (7, 9))):
+        found = from_detections(supervision.Detections(boxes, mask=kept, confidence=confidence), (7, 9))
+        assert np.array_equal(found.masks, masks)
+        assert found.scores is not None and found.scores.tolist() == [0.25, 1]
+    boxed = from_detections(supervision.Detections(np.array([[2, 1, 4, 7]])), (7, 9))
+    expected = np.zeros((1, 7, 9), bool)
+    expected[0, 1:7, 2:4] = True
+    assert np.array_equal(boxed.masks, expected) and boxed.scores is None
+    assert from_detections(supervision.Detections.empty(), (7, 9)).masks.shape == (0, 7, 9)
+    with pytest.raises(ValueError, match=r"masks are 7 x 9 .* the picture 9 x 7"):
+        from_detections(supervision.Detections(boxes, mask=masks), (9, 7))
+
+
+def test_boxes() -> None:
+    boxes = np.array([[0.0, 0, 2, 3], [1, 1, 1, 1]])
+    masks = from_boxes(boxes, (4, 5)).masks
+    assert masks[0, :3, :2].all() and masks.sum() == 6
+    with pytest.raises(ValueError, match="is not XYXY"):
+        from_boxes(boxes[:, ::-1], (4, 5))

@@ -22,7 +22,8 @@ def add_pictures(parser: argparse.ArgumentParser, kinds: str = "files, folders, 
     )
     parser.add_argument(
         "--proposals", default="superpixels", metavar="KIND",
-        help="where masks come from: superpixels, sam[:MODEL], mask2former[:MODEL] or files:PATH (default: %(default)s)",
+        help="where masks come from: superpixels, sam[:MODEL], mask2former[:MODEL] or files:PATH "
+        "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--size", type=int, metavar="PIXELS",
@@ -31,7 +32,10 @@ def add_pictures(parser: argparse.ArgumentParser, kinds: str = "files, folders, 
     parser.add_argument("--keep-aspect", action="store_true", help="keep the ratio of its sides instead")
     parser.add_argument("--device", default="cpu", help="such as cuda (default: %(default)s)")
     parser.add_argument(
-        "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the image tower (default: %(default)s)"
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="of the image tower (default: %(default)s)",
     )
 
 

@@ -41,6 +41,14 @@ class Proposer(Protocol):
         ...
 
 
+def check_picture(picture: NDArray[np.uint8]) -> None:
+    """Raise ValueError unless the picture is (H, W, 3) uint8 of at least one pixel."""
+    shape: tuple[int, ...] = getattr(picture, "shape", ())
+    dtype = getattr(picture, "dtype", type(picture).__name__)
+    if len(shape) != 3 or shape[2] != 3 or dtype != np.uint8 or 0 in shape:
+        raise ValueError(f"a picture is (H, W, 3) uint8 RGB of at least one pixel, got {tuple(shape)} {dtype}")
+
+
 def check_proposals(proposals: Proposals, size: tuple[int, int]) -> None:
     """Raise unless the proposals are what `Proposals` says, for a picture of this size.
 
@@ -90,7 +98,9 @@ def check_size(found: Sequence[int], size: Sequence[int]) -> None:
 
 
 def _check_unit_range(name: str, values: NDArray[Any], cure: str) -> None:
-    low, high = values.min(initial=1), values.max(initial=0)
+    if not values.size:
+        return
+    low, high = values.min(), values.max()
     if not (low >= 0 and high <= 1):  # also catches NaN
         raise ValueError(f"{name} must lie in [0, 1], got values from {low:.4g} to {high:.4g}: {cure}")
 

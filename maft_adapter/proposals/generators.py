@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from ..extras import extra
-from .base import Proposals, fingerprint
+from .base import Proposals, check_picture, fingerprint
+from .convert import stack
 
 with extra("sam"):
     from PIL import Image
@@ -38,9 +39,9 @@ class Sam:
             folder that `save_pretrained` wrote.
         device: that it runs on.
         points_per_side: of the grid.
-        pred_iou_thresh: in [0, 1]; masks whose predicted IoU is not above it are left out.
+        pred_iou_thresh: in [0, 1]; masks whose predicted IoU is not above it are left out. 0 keeps all.
         stability_score_thresh: in [0, 1]; masks that change more than this allows with the threshold of their logits
-            are left out.
+            are left out. 0 keeps all.
         box_nms_thresh: in [0, 1]; of two masks whose boxes overlap more than this the one with the better predicted
             IoU is kept.
 
@@ -60,17 +61,23 @@ class Sam:
     ) -> None:
         if points_per_side < 1:
             raise ValueError(f"points_per_side is {points_per_side!r}, expected at least 1")
+        thresholds = {
+            "pred_iou_thresh": pred_iou_thresh,
+            "stability_score_thresh": stability_score_thresh,
+            "box_nms_thresh": box_nms_thresh,
+        }
+        for name, value in thresholds.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value!r}, expected a number in [0, 1]")
         self._options: dict[str, Any] = {
             "points_per_crop": points_per_side,
             "pred_iou_thresh": pred_iou_thresh,
             "stability_score_thresh": stability_score_thresh,
             "crops_nms_thresh": box_nms_thresh,
         }
-        for name, value in list(self._options.items())[1:]:
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value!r}, expected a number in [0, 1]")
         network, processor, source = _load(AutoModelForMaskGeneration, model, ("sam", "sam2", "sam2_video"))
         self._pipeline = _MaskGeneration(model=network, image_processor=processor, device=device)
+        self._size = processor.size
         self.settings = f"sam: {source} " + " ".join(f"{name}={value}" for name, value in self._options.items())
 
     def __call__(self, picture: NDArray[np.uint8], name: str = "") -> Proposals:
@@ -83,34 +90,40 @@ class Sam:
         Returns:
             Proposals with bool masks. Their scores are the predicted IoU, an estimate that may leave [0, 1] a little
             and is cut to it.
+
+        Raises:
+            ValueError: a picture of another form, or so narrow that it vanishes at the size at which the model sees it.
         """
+        check_picture(picture)
         height, width = picture.shape[:2]
+        longest = self._size.get("longest_edge") or self._size["height"]
+        if longest * min(height, width) < max(height, width) / 2:
+            raise ValueError(f"picture is {height} x {width}: {longest} pixels long it would be none wide; cut it up")
         # Three masks a point come at the picture's size before most are left out.
         points = max(1, min(64, _AT_ONCE // (3 * height * width)))
         found: Any = self._pipeline(Image.fromarray(picture), points_per_batch=points, **self._options)
-        masks = [mask.numpy() for mask in found["masks"]]  # (H, W) bool each
+        masks = stack((mask.numpy() for mask in found["masks"]), len(found["masks"]), (height, width))
         scores = found["scores"].float().clamp(0, 1).cpu().numpy()
-        return Proposals(np.stack(masks) if masks else np.zeros((0, height, width), bool), scores)
+        return Proposals(masks, scores)
 
 
 class _MaskGeneration(MaskGenerationPipeline):
-    def preprocess(self, input_: Any, **preprocess_parameters: Any) -> Any:
+    def preprocess(self, *args: Any, **kwargs: Any) -> Any:
         """Batches of points all over the picture.
 
         SAM 2 sees it as a square, but the pipeline puts its points as if the aspect were kept: of a picture twice as
         wide as high, only the upper half would be asked for.
         """
-        batches = list(super().preprocess(input_, **preprocess_parameters))
+        batches = list(super().preprocess(*args, **kwargs))
         processor: Any = self.image_processor
-        size = processor.size
-        if size.get("height"):
-            square = torch.tensor([size["width"], size["height"]])
+        if processor.size.get("height"):
+            square = torch.tensor([processor.size["width"], processor.size["height"]])
             points = torch.cat([batch["input_points"] for batch in batches], dim=1)  # (1, P, 1, 2), x and y
             nearest, farthest = points.amin((0, 1, 2)), points.amax((0, 1, 2))
             # Of a grid, the margins at both ends are equal.
             for batch in batches:
                 batch["input_points"] = batch["input_points"] * square / (nearest + farthest)
-        return batches
+        return iter(batches)
 
 
 class Mask2Former:
@@ -119,7 +132,7 @@ class Mask2Former:
     A picture of H x W pixels takes 4 HW bytes a query: 100 queries of 12 megapixels 4.8 GB.
 
     Args:
-        model: its name on the Hugging Face Hub (`facebook/mask2former-swin-large-coco-panoptic`,
+        model: its name on the Hugging Face Hub (`facebook/mask2former-swin-small-ade-semantic`,
             `facebook/maskformer-swin-base-coco`, ...) or a folder that `save_pretrained` wrote.
         device: that it runs on.
 
@@ -148,8 +161,13 @@ class Mask2Former:
             Proposals with soft masks. The class scores are a softmax over the model's classes and, in the last column,
             "no object". The score is that of the best class times the mean of the mask where it is above 0.5, as in
             the model's own instance segmentation; 0 where it never is.
+
+        Raises:
+            ValueError: a picture of another form.
         """
-        inputs = self._processor(images=Image.fromarray(picture), return_tensors="pt").to(self._network.device)
+        check_picture(picture)
+        inputs = self._processor(images=Image.fromarray(picture), return_tensors="pt")
+        inputs = inputs.to(self._network.device, self._network.dtype)
         outputs = self._network(**inputs)
         seen = inputs["pixel_mask"][0].bool()  # (h', w'), the rest is padding at the right and at the bottom
         height, width = int(seen.any(1).sum()), int(seen.any(0).sum())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint import replace_file
-from .base import Proposals, Proposer, check_proposals
+from .base import Proposals, Proposer, check_picture, check_proposals
 from .convert import from_rle, to_rle
 from .files import Files
 
@@ -51,12 +54,10 @@ class Kept:
     def __init__(self, proposer: Proposer, folder: str | os.PathLike[str]) -> None:
         self.proposer = proposer
         self.folder = Path(folder)
-        try:
+        with _keeping(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise type(error)(f"proposals can't be kept in {folder}: {error.strerror}") from error
-        if not os.access(self.folder, os.W_OK | os.X_OK):
-            raise PermissionError(f"proposals can't be kept in {folder}: it can't be written to")
+            if not os.access(self.folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "it can't be written to")
 
     @property
     def settings(self) -> str:
@@ -67,9 +68,10 @@ class Kept:
         """The proposals of a picture (H, W, 3) uint8 RGB, kept or made now.
 
         Raises:
+            ValueError: a picture of another form.
             OSError: they can't be written or read; and whatever the other proposer raises.
         """
-        size = picture.shape[:2]
+        check_picture(picture)
         about = [_FORMAT, self.settings, name if isinstance(self.proposer, Files) else "", picture.shape, picture.dtype]
         key = hashlib.sha256(repr(about).encode(errors="surrogateescape"))
         key.update(picture.tobytes())
@@ -85,11 +87,21 @@ class Kept:
                 return _unpack(content)
             warnings.warn(f"{path} is damaged; its proposals are made again", stacklevel=2)
         proposals = self.proposer(picture, name)
-        check_proposals(proposals, size)
+        check_proposals(proposals, picture.shape[:2])
         content = _pack(proposals)
-        path.parent.mkdir(exist_ok=True)
-        replace_file(path, _digest(key.digest(), content) + content)
+        del proposals  # which may be gigabytes, if soft, before they are there once more
+        with _keeping(self.folder):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, _digest(key.digest(), content) + content)
         return _unpack(content)
+
+
+@contextmanager
+def _keeping(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(error.errno, f"proposals can't be kept in {folder}: {error.strerror}") from error
 
 
 def _digest(key: bytes, content: bytes) -> bytes:
@@ -103,7 +115,9 @@ def _pack(proposals: Proposals) -> bytes:
         codes = "\n".join(rle["counts"] for rle in to_rle(masks))
         arrays["codes"] = np.frombuffer(codes.encode("ascii"), np.uint8)
     else:
-        arrays["soft"] = np.rint(masks * 255).astype(np.uint8)
+        arrays["soft"] = np.empty(masks.shape, np.uint8)
+        for soft, mask in zip(arrays["soft"], masks, strict=True):
+            soft[:] = np.rint(mask * 255)
     arrays |= {key: values for key, values in proposals._asdict().items() if key != "masks" and values is not None}
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)  # type: ignore[arg-type]

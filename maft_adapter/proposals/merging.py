@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..extras import extra
-from .base import Proposals
+from .base import Proposals, check_picture
 
 with extra("pictures"):
     from PIL import Image
@@ -65,8 +65,7 @@ def propose_masks(
         >>> masks.dtype, masks.shape[1:]
         (dtype('bool'), (32, 32))
     """
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-        raise ValueError(f"image is (H, W, 3) uint8 RGB of at least one pixel, got {image.shape} {image.dtype}")
+    check_picture(image)
     _check_settings(scales, most, max_iou, min_area, min_contrast)
     height, width = image.shape[:2]
     factor = next(f for f in itertools.count(1) if -(-height // f) * -(-width // f) <= _MOST_PIXELS)
