@@ -64,9 +64,9 @@ def load_model(
     """Load a CLIP by its name and make its image tower mask-aware.
 
     Args:
-        name: None for the embedded CLIP of `maft_adapter.shapes`, fine-tuned by its demo; a model of open_clip, such as "ViT-B-16",
-            "hf-hub:OWNER/NAME" or "local-dir:FOLDER"; else a name on the Hugging Face hub or a folder, such as
-            "openai/clip-vit-base-patch16", of a CLIP that transformers loads.
+        name: None for the embedded CLIP of `maft_adapter.shapes`, fine-tuned by its demo; a model of open_clip, such as
+            "ViT-B-16", "hf-hub:OWNER/NAME" or "local-dir:FOLDER"; else a name on the Hugging Face hub or a folder, such
+            as "openai/clip-vit-base-patch16", of a CLIP that transformers loads.
         pretrained: for a plain name of open_clip, and only there: a tag, such as "openai", or a file of weights; or
             "random" for random weights, always the same ones, for trials. QuickGELU is put in where a tag wants it; a
             file does not tell, so its name has to end in "-quickgelu" where it was trained with it.

@@ -185,7 +185,7 @@ def labelled(
     total = max(320, width)
     entries, x, y = [], size // 2, size // 2
     for k in np.argsort(-areas, kind="stable")[: np.count_nonzero(areas)]:
-        text = f"{class_names[k]} {100 * areas[k] / labels.size:.0f} %"
+        text = f"{class_names[k]} {100 * areas[k] / known.size:.0f} %"
         length = round(1.4 * size + font.getlength(text))
         if x > size // 2 and x + length > total:
             x, y = size // 2, y + round(1.5 * size)

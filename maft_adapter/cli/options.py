@@ -22,7 +22,8 @@ def add_pictures(parser: argparse.ArgumentParser, kinds: str = "files, folders, 
     )
     parser.add_argument(
         "--proposals", default="superpixels", metavar="KIND",
-        help="where masks come from: superpixels, sam[:MODEL], mask2former[:MODEL] or files:PATH (default: %(default)s)",
+        help="where masks come from: superpixels, sam[:MODEL], mask2former[:MODEL] or files:PATH "
+        "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--size", type=int, metavar="PIXELS",
