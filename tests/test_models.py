@@ -22,8 +22,7 @@ MASKS = torch.rand(1, 3, 24, 24) > 0.5
 
 
 def test_the_embedded_clip_is_the_demos() -> None:
-    model, clip = load_model(), load_clip()
-    make_mask_aware(clip.visual, 0)
+    model, clip = load_model(), load_clip(mask_aware=True)
     images = preprocess(render_scene(3).image)[None]
     with torch.no_grad():
         assert torch.equal(encode_masks(model.clip, images, MASKS), encode_masks(clip, images, MASKS))
