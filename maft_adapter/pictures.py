@@ -267,12 +267,13 @@ class Segmenter:
         if size < 1:
             raise ValueError(f"size is {size}, expected at least 1")
         known = getattr(self.tower, "preprocess_cfg", {})
-        self.mean, self.std = (known.get("mean") if mean is None else mean), (known.get("std") if std is None else std)
-        if self.mean is None or self.std is None:
+        mean, std = known.get("mean") if mean is None else mean, known.get("std") if std is None else std
+        if mean is None or std is None:
             raise ValueError(
                 f"the mean and std of this {type(self.tower).__name__}'s images are not known: give mean= and std= of "
                 "its image processor, or load it with maft_adapter.models.load_model"
             )
+        self.mean, self.std = mean, std
         weight = next(self.tower.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.proposals = proposer(proposals, self.device) if isinstance(proposals, str) else proposals
@@ -386,7 +387,7 @@ class Segmentation:
         masks, valid = torch.from_numpy(self.masks), torch.from_numpy(self.valid)
         labels = label_map(self._scores.cpu(), masks, ignore_index=-1, valid=valid)  # (H, W)
         labels[(labels < 0) | (labels >= len(self.class_names))] = self.ignore_index
-        return labels.numpy().astype(np.uint8 if self.ignore_index == 255 else np.uint16)
+        return labels.numpy().astype(np.uint8) if self.ignore_index == 255 else labels.numpy().astype(np.uint16)
 
     def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
         """The k best classes of each mask with their scores, best first.
