@@ -8,6 +8,7 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -161,20 +162,24 @@ def labelled(
         >>> labelled(picture, labels, ["grass"]).size
         (400, 227)
     """
-    picture, labels = _check_image(image), _check_label_map(label_map)
-    _check_labels(labels, picture, len(class_names), ignore_index)
-    known = labels != ignore_index
-    areas = np.bincount(labels[known], minlength=len(class_names))  # (C,)
+    picture, labels = _check_image(image), np.asarray(label_map)
+    _check_size(labels, picture)
     colors = class_colors(len(class_names))  # (C, 3)
-
-    # On grey, so that colours look as they do in the legend.
-    grey = np.array(Image.blend(Image.fromarray(picture), Image.fromarray(picture).convert("L").convert("RGB"), 0.6))
-    colored = grey.copy()
-    colored[known] = colors[labels[known]]
-    out = np.array(Image.blend(Image.fromarray(grey), Image.fromarray(colored), 0.6))
-    out[~known] = picture[~known]
+    areas = np.zeros(len(class_names), np.int64)  # (C,)
+    out = picture.copy()
+    rows = max(1, 2**20 // max(1, picture.shape[1]))  # at a time, as integers and floats are wide
+    for y in range(0, len(picture), rows):
+        part, of_part = out[y : y + rows], _check_label_map(labels[y : y + rows])
+        _check_labels(of_part, part, len(class_names), ignore_index)
+        known = of_part != ignore_index
+        areas += np.bincount(of_part[known], minlength=len(class_names))
+        # On half grey, so that colours look as they do in the legend.
+        pixels = part[known]  # (K, 3)
+        part[known] = 0.16 * pixels + 0.24 * pixels.mean(1, keepdims=True) + 0.6 * colors[of_part[known]]
+    total = labels.size
     factor = -(-320 // max(labels.shape))  # small pictures are enlarged
-    out, labels = (array.repeat(factor, 0).repeat(factor, 1) for array in (out, labels))
+    if factor > 1:
+        out, labels = (array.repeat(factor, 0).repeat(factor, 1) for array in (out, labels))
     height, width = labels.shape
     line = max(1, round(max(height, width) / 500))
     out[line:][labels[line:] != labels[:-line]] = 255
@@ -182,16 +187,16 @@ def labelled(
 
     size = max(13, round(max(height, width) / 40))
     font = ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
-    total = max(320, width)
+    room = max(320, width)
     entries, x, y = [], size // 2, size // 2
     for k in np.argsort(-areas, kind="stable")[: np.count_nonzero(areas)]:
-        text = f"{class_names[k]} {100 * areas[k] / known.size:.0f} %"
+        text = f"{class_names[k]} {100 * areas[k] / total:.0f} %"
         length = round(1.4 * size + font.getlength(text))
-        if x > size // 2 and x + length > total:
+        if x > size // 2 and x + length > room:
             x, y = size // 2, y + round(1.5 * size)
         entries.append((x, y, text, tuple(colors[k].tolist())))
         x += length + size
-    sheet = Image.new("RGB", (total, height + (y + round(1.6 * size) if entries else 0)), "white")
+    sheet = Image.new("RGB", (room, height + (y + round(1.6 * size) if entries else 0)), "white")
     sheet.paste(Image.fromarray(out))
     draw = ImageDraw.Draw(sheet)
     for x, y, text, color in entries:
@@ -378,8 +383,12 @@ def _check_label_map(label_map: ArrayLike) -> NDArray[np.int64]:
 
 
 def _check_labels(labels: NDArray[np.int64], picture: NDArray[np.uint8], count: int, ignore_index: int) -> None:
-    if labels.shape != picture.shape[:2]:
-        raise ValueError(f"a label map is {labels.shape}, its image {picture.shape[:2]}: resize one of them")
+    _check_size(labels, picture)
     bad = labels[((labels < 0) | (labels >= count)) & (labels != ignore_index)]
     if bad.size:
         raise ValueError(f"labels are 0..{count - 1} or {ignore_index}, got {np.unique(bad).tolist()[:8]}")
+
+
+def _check_size(labels: NDArray[Any], picture: NDArray[np.uint8]) -> None:
+    if labels.shape != picture.shape[:2]:
+        raise ValueError(f"a label map is {labels.shape}, its image {picture.shape[:2]}: resize one of them")

@@ -1,6 +1,9 @@
 """Pictures as users have them: what is read, what is refused and how, and what becomes of them."""
 
+import hashlib
 import io
+import itertools
+import json
 import os
 import struct
 import zlib
@@ -9,13 +12,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import skimage.data
+import supervision
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from pycocotools.coco import COCO
 
-from maft_adapter.pictures import find_pictures, prepare, read_picture
+from maft_adapter import encode_masks, make_mask_aware
+from maft_adapter.classify import class_scores, label_map, text_classifier
+from maft_adapter.models import load_model
+from maft_adapter.pictures import Segmenter, find_pictures, prepare, prompts, read_picture
+from maft_adapter.proposals import Proposals
+from maft_adapter.shapes import CLASSES, load_clip, preprocess, render_scene
+from maft_adapter.show import class_colors
 
 RNG = np.random.default_rng(0)
 HALF = (0.5, 0.5, 0.5)
@@ -301,3 +313,238 @@ def test_sides_are_the_nearest_multiples(height: int, width: int, size: int, mul
 def test_prepare_refuses(options: Any) -> None:
     with pytest.raises(ValueError, match="must be positive"):
         prepare(pixels(), **{"mean": HALF, "std": HALF, **options})
+
+
+# Segmenting
+
+MODEL = load_model()
+
+
+class Given:
+    """A proposer that gives what it was made with."""
+
+    settings = "given"
+
+    def __init__(self, masks: NDArray[Any], **scores: Any) -> None:
+        self.proposals = Proposals(masks, **scores)
+
+    def __call__(self, picture: NDArray[np.uint8], name: str = "") -> Proposals:
+        return self.proposals
+
+
+def segmenter(**options: Any) -> Segmenter:
+    settings: dict[str, Any] = {"size": 96, "templates": MODEL.templates, **options}
+    names = settings.pop("class_names", MODEL.class_names)
+    return Segmenter(MODEL.clip, MODEL.tokenizer, names, **settings)
+
+
+SCENE = render_scene(8)
+MASKS = np.stack([SCENE.labels == k for k in SCENE.present])
+
+
+def test_a_picture_from_end_to_end_equals_its_parts() -> None:
+    result = segmenter(proposals=Given(MASKS))(SCENE.image)
+    images, masks = preprocess(SCENE.image)[None], torch.from_numpy(MASKS)[None]
+    text = text_classifier(MODEL.clip, MODEL.tokenizer, CLASSES, MODEL.templates)
+    with torch.no_grad():
+        embeddings = encode_masks(MODEL.clip, images, masks)
+    scores = class_scores(embeddings, text, MODEL.logit_scale)
+    torch.testing.assert_close(torch.from_numpy(result.scores), scores[0])
+    assert (result.label_map == label_map(scores, masks)[0].numpy()).all()
+    assert result.label_map.dtype == np.uint8 and (result.masks == MASKS).all() and result.valid.all()
+    for n, best in enumerate(result.top(3)):
+        order = scores[0, n].argsort(descending=True)[:3].tolist()
+        assert [name for name, _ in best] == [CLASSES[k] for k in order]
+        assert [score for _, score in best] == pytest.approx(scores[0, n, order].tolist())
+
+
+def test_other_words_and_masks_without_encoding_the_image_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["red ball", ("blue star", "green star"), "pale water"]
+    fresh = segmenter(class_names=words, proposals=Given(MASKS[::-1].copy()))(SCENE.image)
+    result = segmenter(proposals=Given(MASKS))(SCENE.image)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr("maft_adapter.pictures.encode_features", refuse)
+    other = result.relabel(words).ask(MASKS[::-1].copy())
+    assert other.names == ["red ball", "blue star", "pale water"]
+    np.testing.assert_allclose(other.scores, fresh.scores, atol=1e-6)
+    assert (other.label_map == fresh.label_map).all()
+    assert result.scores.shape[1] == len(CLASSES)  # the first result stays what it was
+    with pytest.raises(ValueError, match=r"masks are 5 x 5 .*the picture 96 x 96"):
+        result.ask(np.ones((1, 5, 5), bool))
+    with pytest.raises(TypeError, match="got one string"):
+        result.relabel("red ball")
+
+
+def test_background_takes_pixels_but_is_no_class() -> None:
+    words = ["red ball"]
+    alone = segmenter(class_names=words, proposals=Given(MASKS))(SCENE.image)
+    assert (alone.label_map == 0).all() and (alone.scores == 1).all()
+    result = segmenter(class_names=words, background=("pale grass", "dark grass"), proposals=Given(MASKS))(SCENE.image)
+    both = segmenter(class_names=[*words, ("pale grass", "dark grass")], proposals=Given(MASKS))(SCENE.image)
+    assert (result.scores == both.scores[:, :1]).all()
+    assert (result.label_map == np.where(both.label_map == 1, 255, both.label_map)).all()
+    assert set(np.unique(both.label_map)) == {0, 1}  # or the test says nothing
+    assert {name for best in result.top() for name, _ in best} == {"red ball"}
+
+
+def test_soft_masks_class_scores_and_scores_pass_through() -> None:
+    soft = MASKS.astype(np.float32) * 0.9
+    scores = np.linspace(0, 1, len(soft), dtype=np.float32)
+    class_scores = np.full((len(soft), 4), 0.25, np.float32)
+    result = segmenter(proposals=Given(soft, scores=scores, class_scores=class_scores))(SCENE.image)
+    hard = segmenter(proposals=Given(MASKS))(SCENE.image)
+    assert (result.label_map == hard.label_map).all()
+    assert result.proposal_scores is scores and result.proposals.class_scores is class_scores
+    coco, expected = result.coco()["annotations"], hard.coco()["annotations"]
+    assert [a["segmentation"] for a in coco] == [a["segmentation"] for a in expected]
+    assert [a["proposal_score"] for a in coco] == pytest.approx(scores.tolist(), abs=1e-6)
+
+
+def test_masks_without_a_patch_and_no_masks_at_all() -> None:
+    masks = np.zeros((2, 96, 96), bool)
+    masks[0, :48] = True
+    masks[1, 60, 60] = True  # vanishes on the grid
+    result = segmenter(proposals=Given(masks))(SCENE.image)
+    assert result.valid.tolist() == [True, False]
+    assert (result.label_map[48:] == 255).all() and (result.label_map[:48] != 255).all()
+    assert len(result.coco()["annotations"]) == len(result.detections()) == 1
+    nothing = result.ask(masks[:0])
+    assert (nothing.label_map == 255).all() and nothing.scores.shape == (0, 40) and nothing.top() == []
+    assert nothing.coco()["annotations"] == [] and len(nothing.detections()) == 0
+    assert nothing.overlay().size == (384, 384)
+
+
+def test_coco_is_what_pycocotools_reads(tmp_path: Path) -> None:
+    scores = np.full(len(MASKS), 0.5, np.float32)
+    result = segmenter(proposals=Given(MASKS, scores=scores))(SCENE.image, "folder/scene 8.png")
+    (tmp_path / "coco.json").write_text(json.dumps(result.coco()))
+    coco = COCO(str(tmp_path / "coco.json"))
+    assert coco.loadImgs(1)[0] == {"id": 1, "file_name": "scene 8.png", "width": 96, "height": 96}
+    annotations = coco.loadAnns(coco.getAnnIds(imgIds=1))
+    assert len(annotations) == len(MASKS)
+    for n, annotation in enumerate(annotations):
+        mask = coco.annToMask(annotation)
+        assert (mask == MASKS[n]).all() and annotation["area"] == mask.sum()
+        rows, columns = np.nonzero(mask)
+        left, top, width, height = annotation["bbox"]
+        assert (left, top) == (columns.min(), rows.min())
+        assert (left + width - 1, top + height - 1) == (columns.max(), rows.max())
+        top5 = [(coco.cats[category]["name"], score) for category, score in annotation["top5"]]
+        assert top5 == [(name, pytest.approx(score, abs=1e-6)) for name, score in result.top(5)[n]]
+        assert (annotation["category_id"], annotation["score"]) == tuple(annotation["top5"][0])
+
+
+def test_detections() -> None:
+    result = segmenter(proposals=Given(MASKS))(SCENE.image)
+    detections: Any = result.detections()
+    assert (detections.mask == MASKS).all()
+    inclusive = supervision.mask_to_xyxy(MASKS)
+    assert (detections.xyxy - inclusive == [0, 0, 1, 1]).all()
+    assert detections.data["class_name"].tolist() == [best[0][0] for best in result.top(1)]
+    assert detections.confidence == pytest.approx([best[0][1] for best in result.top(1)])
+
+
+def test_saved_files_open_and_say_the_same(tmp_path: Path) -> None:
+    result = segmenter(proposals=Given(MASKS))(SCENE.image, "photos/scene 8.jpg")
+    paths = result.save(tmp_path / "new" / "folder")
+    assert [path.name for path in paths] == ["scene 8.png", "scene 8_overlay.jpg", "scene 8.json"]
+    labels = Image.open(paths[0])
+    assert labels.mode == "P" and (np.asarray(labels) == result.label_map).all()
+    palette = np.array(labels.getpalette()).reshape(-1, 3)
+    assert (palette[:40] == class_colors(40)).all() and (palette[255] == 255).all()
+    assert Image.open(paths[1]).size == result.overlay().size
+    coco = json.loads(paths[2].read_bytes())
+    assert coco["annotations"] == json.loads(json.dumps(result.coco()["annotations"]))
+    counts = {str(k + 1): int((result.label_map == k).sum()) for k in np.unique(result.label_map)}
+    assert coco["info"]["pixels"] == counts
+    for path in paths[:2]:
+        assert coco["info"]["sha256"][path.name] == hashlib.sha256(path.read_bytes()).hexdigest()
+    again = result.save(tmp_path / "again", "sub/other", {"run": 1})
+    assert again[0] == tmp_path / "again" / "sub" / "other.png"
+    assert [path.read_bytes() for path in again[:2]] == [path.read_bytes() for path in paths[:2]]
+    with pytest.raises(ValueError, match="came without a file's name: give name="):
+        segmenter(proposals=Given(MASKS))(SCENE.image).save(tmp_path)
+
+
+def test_more_than_255_classes_have_16_bits(tmp_path: Path) -> None:
+    pairs = itertools.islice(itertools.combinations(CLASSES, 2), 300)
+    names = [f"{first} and {second}" for first, second in pairs]
+    result = segmenter(class_names=names, proposals=Given(MASKS[:1]))(SCENE.image)
+    assert result.label_map.dtype == np.uint16
+    assert set(np.unique(result.label_map)) == {result.scores[0].argmax(), 65535}
+    path = result.save(tmp_path, "x")[0]
+    assert (np.asarray(Image.open(path)) == result.label_map).all()
+    assert json.loads((tmp_path / "x.json").read_bytes())["info"]["unlabelled"] == 65535
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 5), (20, 20000), (64, 64)])
+@pytest.mark.parametrize("keep_aspect", [False, True])
+def test_one_colour_and_pictures_of_every_shape(shape: tuple[int, int], keep_aspect: bool, tmp_path: Path) -> None:
+    result = segmenter(keep_aspect=keep_aspect)(np.full((*shape, 3), 90, np.uint8), "x.png")
+    assert result.label_map.shape == shape and (result.label_map != 255).all()  # the whole picture is a proposal
+    result.save(tmp_path)
+    assert np.asarray(Image.open(tmp_path / "x.png")).shape == shape
+
+
+def test_photographs_and_a_tower_of_another_patch_size() -> None:
+    model = load_model("ViT-S-32-alt", "random")
+    words = ["cat", ("sofa", "couch"), "grass"]
+    for keep_aspect in (False, True):
+        segment = Segmenter(model.clip, model.tokenizer, words, size=224, keep_aspect=keep_aspect)
+        result = segment(Image.fromarray(skimage.data.chelsea()))
+        assert result.label_map.shape == (300, 451) and set(np.unique(result.label_map)) <= {0, 1, 2, 255}
+        grid = result.features.grid
+        assert grid == ((6, 9) if keep_aspect else (7, 7))
+
+
+@pytest.mark.parametrize(("name", "count"), [("one", 1), ("vild", 14), ("imagenet", 80)])
+def test_templates_by_name(name: str, count: int) -> None:
+    found = prompts(name)
+    assert len(set(found)) == count and all(template.count("{}") == 1 for template in found)
+    with pytest.raises(ValueError, match="templates are 'two', expected one, vild, imagenet"):
+        prompts("two")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"class_names": "red ball"}, TypeError, r"got one string: use \['red ball'\]"),
+        ({"class_names": []}, ValueError, "class_names is empty"),
+        ({"class_names": ["swan"]}, ValueError, r"'a picture of swan' also has"),
+        ({"background": "red ball"}, ValueError, "are both named"),
+        ({"size": 0}, ValueError, "size is 0, expected at least 1"),
+        ({"proposals": "magic"}, ValueError, "proposals are 'magic'"),
+    ],
+)
+def test_segmenter_refuses(options: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        segmenter(**options)
+
+
+def test_mean_and_std_are_never_guessed() -> None:
+    clip = load_clip()
+    with pytest.raises(TypeError, match="has no mask-aware image tower"):
+        Segmenter(clip, MODEL.tokenizer, ["red ball"])
+    make_mask_aware(clip.visual, 0)
+    with pytest.raises(ValueError, match="the mean and std of this VisionTransformer's images are not known"):
+        Segmenter(clip, MODEL.tokenizer, ["red ball"])
+    given = Segmenter(clip, MODEL.tokenizer, CLASSES, mean=MODEL.mean, std=MODEL.std, size=96, proposals=Given(MASKS))
+    own = segmenter(templates="one", proposals=Given(MASKS))
+    np.testing.assert_array_equal(given(SCENE.image).scores, own(SCENE.image).scores)
+
+
+def test_a_proposer_that_lies_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"masks are 96 x 96 .*, the picture 50 x 96"):
+        segmenter(proposals=Given(MASKS))(SCENE.image[:50])
+
+
+def test_half_precision() -> None:
+    model = load_model(precision="bf16")
+    result = Segmenter(model.clip, model.tokenizer, CLASSES, size=96, proposals=Given(MASKS))(SCENE.image)
+    own = segmenter(templates="one", proposals=Given(MASKS))(SCENE.image)
+    assert result.scores.dtype == np.float32
+    # 8 bits of cosines of at most 1, times the scale, in the exponent of a probability.
+    assert np.abs(result.scores - own.scores).max() < MODEL.logit_scale * 2**-6
