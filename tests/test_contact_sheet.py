@@ -1,11 +1,18 @@
 """The contact sheet: what its HTML holds, and that it needs nothing from elsewhere."""
 
 import json
+import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 from urllib.parse import unquote
+
+import pytest
 
 from maft_adapter.contact_sheet import Entry, contact_sheet
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NASTY = "<b>\"swan\" & 'river'</b></script>"
 
 
@@ -71,3 +78,32 @@ def test_names_that_are_no_utf_8() -> None:
     page = contact_sheet([Entry(name, name)], "P")
     assert Page(page).all("img")[0]["src"] == "caf%E9.jpg"  # the bytes of the name
     page.encode(errors="replace")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+@pytest.mark.parametrize(
+    ("clicked", "shown"),
+    [
+        ([], ["one", "two", "three"]),
+        (["swan"], ["one", "two"]),
+        (["swan", 'a "quoted" <b>&</b>'], ["two"]),
+        (["swan", "swan"], ["one", "two", "three"]),
+        (["swan", "river"], []),
+    ],
+)
+def test_the_page_filters_in_a_browser(clicked: list[str], shown: list[str], tmp_path: Path) -> None:
+    entries = [
+        Entry("1.jpg", "one", ["swan"]),
+        Entry("2.jpg", "two", ["swan", 'a "quoted" <b>&</b>']),
+        Entry("3.jpg", "three", ["river"]),
+    ]
+    clicks = f"for (const label of {json.dumps(clicked)}) buttons.find(b => b.dataset.label === label).click();"
+    page = contact_sheet(entries, "Pictures").replace("</body>", f"<script>{clicks}</script></body>")
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    browser = subprocess.run(
+        [*command, "--dump-dom", (tmp_path / "page.html").as_uri()], capture_output=True, text=True, timeout=60
+    )
+    figures = re.findall(r"<figure([^>]*)>.*?<b>(.*?)</b>", browser.stdout, flags=re.DOTALL)
+    assert [title for attributes, title in figures if " hidden" not in attributes] == shown
+    assert f'<span id="shown">{len(shown)}</span>' in browser.stdout
