@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools.coco import COCO
 
-from maft_adapter import encode_masks, make_mask_aware
+from maft_adapter import encode_masks
 from maft_adapter.classify import class_scores, label_map, text_classifier
 from maft_adapter.models import load_model
 from maft_adapter.pictures import Segmenter, find_pictures, prepare, prompts, read_picture
@@ -528,7 +528,7 @@ def test_mean_and_std_are_never_guessed() -> None:
     clip = load_clip()
     with pytest.raises(TypeError, match="has no mask-aware image tower"):
         Segmenter(clip, MODEL.tokenizer, ["red ball"])
-    make_mask_aware(clip.visual, 0)
+    clip = load_clip(mask_aware=True)
     with pytest.raises(ValueError, match="the mean and std of this VisionTransformer's images are not known"):
         Segmenter(clip, MODEL.tokenizer, ["red ball"])
     given = Segmenter(clip, MODEL.tokenizer, CLASSES, mean=MODEL.mean, std=MODEL.std, size=96, proposals=Given(MASKS))
