@@ -576,6 +576,8 @@ def test_masks_asked_of_kept_features(tower: Any, kind: Kind, name: str, images:
         assert torch.equal(encode_image(clip, x), embedding(tower(x)))
         assert torch.equal(valid_masks(tower, features, masks), valid_masks(tower, x, masks))
         close(encode_masks(clip, features[1], masks[1:]), embeddings[1:])
+        assert torch.equal(features[-1].tensors[0], features.tensors[0][1:])
+        assert torch.equal(features[-2].tensors[0], features.tensors[0][:1])
         ragged = encode_masks(clip, features, [masks[0], masks[1, :2]])
         close(ragged[0], embeddings[0])
         close(ragged[1], embeddings[1, :2])

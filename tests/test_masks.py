@@ -267,10 +267,18 @@ def test_large_masks_are_never_converted_whole(expanded: bool) -> None:
 
 def test_boxes_contain_the_pixels_whose_centres_lie_in_them() -> None:
     boxes = torch.tensor(
-        [[0, 0, 6, 4], [1, 2, 3, 4], [0.4, 0.6, 1.6, 1.4], [2, 2, 2, 3], [-5, -5, 2, 1], [5, 3, 50, 50]]
+        [
+            [0, 0, 6, 4],
+            [1, 2, 3, 4],
+            [0.4, 0.6, 1.6, 1.4],
+            [2, 2, 2, 3],
+            [-5, -5, 2, 1],
+            [5, 3, 50, 50],
+            [0.5, 1.5, 2.5, 3.5],
+        ]
     )
     masks = boxes_to_masks(boxes, (4, 6))
-    assert masks.shape == (6, 4, 6)
+    assert masks.shape == (7, 4, 6)
     for mask, (x1, y1, x2, y2) in zip(masks, boxes.tolist(), strict=True):
         for y, x in np.ndindex(4, 6):
             assert mask[y, x] == (x1 <= x + 0.5 < x2 and y1 <= y + 0.5 < y2)
