@@ -55,7 +55,10 @@ def test_a_damaged_code_is_refused_or_another_mask_of_that_size(masks: NDArray[n
         assert np.array_equal(coco.decode({**rle, "counts": changed}), mask)
 
 
-@pytest.mark.parametrize("counts", ["", "0111", "o", "\xff", "oooooooooo1", [], [3], [-1, 17], [8.0, 8.0], ["16"], 16])
+@pytest.mark.parametrize(
+    "counts",
+    ["", "0111", "o", "\xff", "oooooooooo1", [], [3], [-1, 1, 16], [8.0, 8.0], ["16"], 16, "`" + "P" * 13 + "1"],
+)
 def test_counts_that_do_not_fill_the_mask_are_refused(counts: Any) -> None:
     with pytest.raises(ValueError, match=r"code 0 is damaged: its runs don't fill its 4 x 4 pixels"):
         from_rle([{"size": [4, 4], "counts": counts}])
