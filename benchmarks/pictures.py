@@ -147,6 +147,7 @@ def benchmark(sizes: Sizes) -> Report:
         segmenter = Segmenter(model.clip, model.tokenizer, ["thing"], proposals=given, size=sizes.size)
         result = segmenter(files[0])
         words = [f"thing {i}" for i in range(sizes.words)]
+        _progress("embeddings of the words")
         segmenter.text(words)
         ways: dict[str, Run] = {
             "plain forward": lambda: tower(images[0]),
