@@ -25,6 +25,7 @@ Tower = TypeVar("Tower", bound=nn.Module)
 # Of the file's metadata
 _KEY = "maft_adapter"
 _ARITHMETIC = "maft_adapter.arithmetic"
+_SETTINGS: dict[str, Any] = {"start_layer": int, "interpolation": str, "threshold": (int, float)}
 # Where hosts keep the image tower, the fine-tuned one before frozen copies: the authors' released MAFT, ZSSeg and
 # FreeSeg (two CLIPs, then one), ZegFormer.
 _HOSTS = (
@@ -120,12 +121,15 @@ def load_mask_aware(visual: Tower, path: str | os.PathLike[str]) -> Tower:
     if file.header is None:
         raise ValueError(f"{path} holds no settings of maft_adapter; load_visual reads plain weights")
     settings = file.header["settings"]
-    unknown = settings.keys() - {"start_layer", "interpolation", "threshold"}
+    unknown = settings.keys() - _SETTINGS.keys()
     if unknown:
         raise ValueError(f"{path} is of version {file.header['version']}, whose settings {unknown} are unknown here")
     weights = _fitting(visual, file.tensors, f"{path}, a {file.header['tower']},")
     _check_arithmetic(visual, file, path)
-    make_mask_aware(visual, **settings)
+    try:
+        make_mask_aware(visual, **settings)
+    except ValueError as error:
+        raise ValueError(f"{path} can't be loaded: {error}") from error
     _replace_weights(visual, weights)
     # Files from before this was written came out of fine-tuning.
     visual.fine_tuned = file.header.get("fine_tuned", True)
@@ -375,9 +379,13 @@ def _read_safetensors(path: str | os.PathLike[str]) -> _File:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
         metadata = file.metadata() or {}
     header, arithmetic = (json.loads(metadata.get(key, "null")) for key in (_KEY, _ARITHMETIC))
-    if header is not None and not ({"version", "tower"} <= header.keys() and isinstance(header["settings"], dict)):
-        raise ValueError("its metadata are not those that save_mask_aware writes")
-    if arithmetic is not None and not {"functions", "numbers"} <= arithmetic.keys():
+    well_formed = header is None or (
+        {"version", "tower"} <= header.keys()
+        and all(isinstance(value, _SETTINGS.get(name, object)) for name, value in header["settings"].items())
+    )
+    if arithmetic is not None:
+        well_formed &= all(isinstance(arithmetic[part], dict) for part in ("functions", "numbers"))
+    if not well_formed:
         raise ValueError("its metadata are not those that save_mask_aware writes")
     return _File(dict(_named_tensors(tensors)), header, arithmetic)
 

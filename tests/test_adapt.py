@@ -294,6 +294,18 @@ def test_a_native_size_that_the_patch_does_not_divide(build_tower: Any) -> None:
     close(tower(images, torch.ones(1, 1, 34, 34))[:, 0], before)  # no block is mask-aware: plain CLIP
 
 
+@torch.no_grad()
+def test_kept_features_are_indexed_as_lists_are(build_tower: Any) -> None:
+    features = encode_features(make_mask_aware(build_tower(), 1), torch.randn(3, 3, 32, 32))
+    for index in (0, 1, 2, -1, -2, -3, slice(1, 3), slice(None, None, 2)):
+        wanted = [index] if isinstance(index, int) else index
+        for part, whole in zip(features[index].tensors, features.tensors, strict=True):
+            assert torch.equal(part, whole[wanted])
+    for index in (3, -4):
+        with pytest.raises(IndexError, match=f"image {index} of 3"):
+            features[index]
+
+
 def test_one_weight_changed_in_place_makes_kept_features_stale(tower: Any, images: Tensor, masks: Tensor) -> None:
     with torch.no_grad():
         features = encode_features(make_mask_aware(tower, 1), images)
@@ -408,6 +420,7 @@ def test_unit_length_on_demand(tower: Any, images: Tensor, masks: Tensor) -> Non
     assert isinstance(both, Tensor)
     close(both, unit)
     close(image.norm(dim=-1), torch.ones(2))
+    assert torch.equal(encode_image(clip, images, normalize=True), F.normalize(encode_image(clip, images), dim=-1))
     ragged = encode_masks(clip, images, [masks[0], masks[1, :1]], normalize=True)
     close(torch.cat(ragged), torch.cat([unit[0], unit[1, :1]]))
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from zoo import mask_aware_tower, random_images, random_masks
 
 from maft_adapter.attention import class_attention, dense_block
 from maft_adapter.towers.base import swap_class
@@ -131,3 +132,18 @@ def test_attention_without_biases(build_tower: Any, form: Any) -> None:
     torch.nn.init.zeros_(first.attn.in_proj_bias)
     second.attn.in_proj_bias = None
     torch.testing.assert_close(form(second, x, bias), form(first, x, bias))
+
+
+@torch.no_grad()
+def test_adapters_that_are_merged_and_then_disabled_say_nothing() -> None:
+    peft = pytest.importorskip("peft", reason="peft, of the extra test, is not installed")
+    images, masks = random_images((32, 32)), random_masks(3, (32, 32))
+    expected = mask_aware_tower("open_clip")(images, masks)
+    config = peft.LoraConfig(target_modules=["attn"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(mask_aware_tower("open_clip"), config)
+    adapted = wrapped(images, masks)
+    assert (adapted - expected).abs().max() > 1e-2
+    wrapped.merge_adapter()
+    torch.testing.assert_close(wrapped(images, masks), adapted, rtol=0, atol=1e-4)
+    with wrapped.disable_adapter():
+        torch.testing.assert_close(wrapped(images, masks), expected, rtol=0, atol=1e-4)

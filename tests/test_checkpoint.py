@@ -695,6 +695,32 @@ def test_damaged_settings(path: Path, header: str, key: str) -> None:
         load_mask_aware(vit(), path)
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"start_layer": 99}, {"start_layer": "1"}, {"start_layer": None}, {"start_layer": True}, {"threshold": "0.5"},
+        {"threshold": 7}, {"interpolation": [1]}, {"interpolation": "nearest"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_no_tower_has(path: Path, damaged: dict[str, Any]) -> None:
+    header = {"version": __version__, "tower": "VisionTransformer", "settings": {"start_layer": 1, **damaged}}
+    save_weights(vit(), path, {"maft_adapter": json.dumps(header)})
+    tower = vit()
+    before = state(tower)
+    with pytest.raises(ValueError, match=r"tower\.safetensors can't be (read|loaded)"):
+        load_mask_aware(tower, path)
+    assert equal(state(tower), before) and not is_mask_aware(tower)
+
+
+@pytest.mark.parametrize("arithmetic", [{"functions": [], "numbers": {}}, {"functions": {}, "numbers": 3}], ids=str)
+def test_arithmetic_that_tells_nothing(path: Path, arithmetic: Any) -> None:
+    save_weights(vit(), path, {"maft_adapter.arithmetic": json.dumps(arithmetic)})
+    for load in (load_mask_aware, load_visual):
+        with pytest.raises(ValueError, match=r"tower\.safetensors can't be read.*metadata are not those"):
+            load(vit(), path)
+
+
 # Any weights, and any bytes in place of a file
 
 in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

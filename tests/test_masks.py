@@ -271,10 +271,10 @@ def test_boxes_contain_the_pixels_whose_centres_lie_in_them() -> None:
             [0, 0, 6, 4],
             [1, 2, 3, 4],
             [0.4, 0.6, 1.6, 1.4],
+            [0.5, 1.5, 2.5, 3.5],
             [2, 2, 2, 3],
             [-5, -5, 2, 1],
             [5, 3, 50, 50],
-            [0.5, 1.5, 2.5, 3.5],
         ]
     )
     masks = boxes_to_masks(boxes, (4, 6))
