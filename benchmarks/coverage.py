@@ -215,6 +215,10 @@ def build(configuration: dict[str, Any], **small: Any) -> Any:
     if "class" in configuration:
         tower = getattr(transformers, configuration["class"])
         return tower(tower.config_class(**small))
+    if "genlip_cfg" in configuration:  # of open_clip 4: one trunk for pictures and words, in a model of its own
+        from open_clip.naflex_genlip_model import NaFlexGenLip
+
+        return NaFlexGenLip(**configuration).visual
     # TimmModel hands on a few arguments of its own and no others.
     with mock.patch.object(timm, "create_model", partial(timm.create_model, **small)):
         quick_gelu = configuration.get("quick_gelu", False)

@@ -43,10 +43,10 @@ def make_mask_aware(
     With masks, the blocks of a class-token tower are called one by one, from the start layer on twice: with the patch
     tokens, which gives (patches, keys, values), and with the class tokens. Hooks on them fire each time. Modules that
     are computed around instead, the containers of the blocks and each block's attention, refuse masks while they
-    have     forward hooks or methods of their own.
+    have forward hooks or methods of their own.
 
-    Blocks are proven before anything is changed: what this library computes from a block's parts has to equal what the
-    block itself computes, on a few random tokens.
+    Blocks, pools and what is around them are proven before anything is changed: what this library computes from the
+    parts of a block has to equal what the block itself computes, on a few random tokens.
 
     Args:
         clip_visual: `clip.visual` of an open_clip or OpenAI CLIP, or transformers' `CLIPVisionModel`,

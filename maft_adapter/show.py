@@ -1,11 +1,14 @@
-"""Pictures of proposals and label maps as matplotlib figures, for any dataset.
+"""Pictures of proposals and label maps, for any dataset: matplotlib figures, and one picture with its labels on it.
 
 Nothing here touches pyplot or its global state: every figure is an object of its own, with `savefig`.
 """
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,11 +16,13 @@ from numpy.typing import ArrayLike, NDArray
 from .extras import extra
 
 with extra("demo"):
+    from matplotlib import get_data_path
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
+    from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["PALETTE", "colorize", "label_maps", "overlay", "typical_proposals"]
+__all__ = ["PALETTE", "class_colors", "colorize", "label_maps", "labelled", "overlay", "typical_proposals"]
 
 # Paul Tol's "muted" scheme: nine colours that stay apart under every form of colour blindness. Further ones
 # would not, which is why pictures with more classes show the rest as `OTHER`.
@@ -109,6 +114,97 @@ def colorize(
     return out
 
 
+def class_colors(count: int) -> NDArray[np.uint8]:
+    """A colour for each of `count` classes, the same in every picture, (count, 3) RGB in [0, 255].
+
+    The first nine are `PALETTE`; of the others, neighbours differ in hue by the golden angle.
+
+    Raises:
+        ValueError: a negative count.
+
+    Example:
+        >>> class_colors(11).tolist()[8:]
+        [[136, 34, 85], [217, 87, 87], [73, 106, 184]]
+    """
+    if count < 0:
+        raise ValueError(f"count is {count}, expected at least 0")
+    further = [
+        colorsys.hsv_to_rgb(k * 0.618034 % 1, (0.6, 0.6, 0.85, 0.4)[k % 4], (0.85, 0.72, 0.6, 0.95)[k % 4])
+        for k in range(count - len(PALETTE))
+    ]
+    colors = [*PALETTE, *([round(255 * value) for value in color] for color in further)]
+    return np.array(colors[:count], np.uint8).reshape(-1, 3)
+
+
+def labelled(
+    image: ArrayLike, label_map: ArrayLike, class_names: Sequence[str], ignore_index: int = 255
+) -> Image.Image:
+    """A picture with the colours of its label map laid over it, lines between the regions, and a legend below.
+
+    The legend names the classes that are there, the largest first, with their share of the picture. Unlabelled pixels
+    stay as they are.
+
+    Args:
+        image: (H, W, 3) uint8 RGB in [0, 255].
+        label_map: (H, W) integers, indices into `class_names` or `ignore_index`.
+        class_names: C names. Colours are those of `class_colors(C)`.
+        ignore_index: unlabelled.
+
+    Returns:
+        As wide as the picture and higher by the legend; pictures of less than 320 pixels a side are enlarged by a
+        whole number, and the legend is at least 320 pixels wide.
+
+    Raises:
+        ValueError: shapes that don't match, or other labels.
+
+    Example:
+        >>> picture, labels = np.zeros((200, 400, 3), np.uint8), np.zeros((200, 400), int)
+        >>> labelled(picture, labels, ["grass"]).size
+        (400, 227)
+    """
+    picture, labels = _check_image(image), np.asarray(label_map)
+    _check_size(labels, picture)
+    colors = class_colors(len(class_names))  # (C, 3)
+    areas = np.zeros(len(class_names), np.int64)  # (C,)
+    out = picture.copy()
+    rows = max(1, 2**20 // max(1, picture.shape[1]))  # at a time, as integers and floats are wide
+    for y in range(0, len(picture), rows):
+        part, of_part = out[y : y + rows], _check_label_map(labels[y : y + rows])
+        _check_labels(of_part, part, len(class_names), ignore_index)
+        known = of_part != ignore_index
+        areas += np.bincount(of_part[known], minlength=len(class_names))
+        # On half grey, so that colours look as they do in the legend.
+        pixels = part[known]  # (K, 3)
+        part[known] = 0.16 * pixels + 0.24 * pixels.mean(1, keepdims=True) + 0.6 * colors[of_part[known]]
+    total = labels.size
+    factor = -(-320 // max(labels.shape))  # small pictures are enlarged
+    if factor > 1:
+        out, labels = (array.repeat(factor, 0).repeat(factor, 1) for array in (out, labels))
+    height, width = labels.shape
+    line = max(1, round(max(height, width) / 500))
+    out[line:][labels[line:] != labels[:-line]] = 255
+    out[:, line:][labels[:, line:] != labels[:, :-line]] = 255
+
+    size = max(13, round(max(height, width) / 40))
+    font = ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+    room = max(320, width)
+    entries, x, y = [], size // 2, size // 2
+    for k in np.argsort(-areas, kind="stable")[: np.count_nonzero(areas)]:
+        text = f"{class_names[k]} {100 * areas[k] / total:.0f} %"
+        length = round(1.4 * size + font.getlength(text))
+        if x > size // 2 and x + length > room:
+            x, y = size // 2, y + round(1.5 * size)
+        entries.append((x, y, text, tuple(colors[k].tolist())))
+        x += length + size
+    sheet = Image.new("RGB", (room, height + (y + round(1.6 * size) if entries else 0)), "white")
+    sheet.paste(Image.fromarray(out))
+    draw = ImageDraw.Draw(sheet)
+    for x, y, text, color in entries:
+        draw.rectangle((x, height + y, x + size, height + y + size), fill=color)
+        draw.text((x + round(1.4 * size), height + y + size // 2), text, fill="black", font=font, anchor="lm")
+    return sheet
+
+
 def label_maps(
     images: Sequence[ArrayLike],
     maps: Mapping[str, Sequence[ArrayLike]],
@@ -141,12 +237,7 @@ def label_maps(
     rows = [[_check_label_map(column[i]) for column in maps.values()] for i in range(len(images))]
     for picture, row in zip(pictures, rows, strict=True):
         for labels in row:
-            if labels.shape != picture.shape[:2]:
-                raise ValueError(f"a label map is {labels.shape}, its image {picture.shape[:2]}: resize one of them")
-            bad = labels[((labels < 0) | (labels >= len(class_names))) & (labels != ignore_index)]
-            if bad.size:
-                given = np.unique(bad).tolist()
-                raise ValueError(f"labels are 0..{len(class_names) - 1} or {ignore_index}, got {given[:8]}")
+            _check_labels(labels, picture, len(class_names), ignore_index)
 
     columns = 1 + len(maps)
     figure = Figure(figsize=(1.95 * columns + 1.7, 1.95 * len(rows) + 0.3), layout="constrained")
@@ -289,3 +380,15 @@ def _check_label_map(label_map: ArrayLike) -> NDArray[np.int64]:
     if labels.ndim != 2 or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"a label map is (H, W) of integers, got {labels.shape} {labels.dtype}")
     return labels.astype(np.int64)
+
+
+def _check_labels(labels: NDArray[np.int64], picture: NDArray[np.uint8], count: int, ignore_index: int) -> None:
+    _check_size(labels, picture)
+    bad = labels[((labels < 0) | (labels >= count)) & (labels != ignore_index)]
+    if bad.size:
+        raise ValueError(f"labels are 0..{count - 1} or {ignore_index}, got {np.unique(bad).tolist()[:8]}")
+
+
+def _check_size(labels: NDArray[Any], picture: NDArray[np.uint8]) -> None:
+    if labels.shape != picture.shape[:2]:
+        raise ValueError(f"a label map is {labels.shape}, its image {picture.shape[:2]}: resize one of them")

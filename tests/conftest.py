@@ -16,6 +16,9 @@ settings.register_profile("fast", max_examples=30, derandomize=True, **PATIENT)
 settings.register_profile("fuzz", max_examples=10_000, **PATIENT)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+
 LAYOUTS: dict[str, Callable[[], nn.Module]] = {
     "open_clip": open_clip_tower,
     "open_clip-layer_scale": lambda: open_clip_tower(ls_init_value=0.5),

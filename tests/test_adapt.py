@@ -442,6 +442,7 @@ def test_a_whole_clip_model_goes_on_as_before() -> None:
     assert all(torch.equal(a, b) for a, b in zip(clip(images, text), before, strict=True))
     _, image = encode_masks_and_image(clip, images, masks, normalize=True)
     close(image, clip.encode_image(images, normalize=True))
+    close(encode_image(clip, images, normalize=True), clip.encode_image(images, normalize=True))
     assert encode_masks(clip, images, masks).shape == (2, 3, 16)
 
 

@@ -1,6 +1,8 @@
 import copy
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import open_clip
@@ -83,6 +85,32 @@ def test_towers_of_timm_and_transformers(name: str, library: str, family: str | 
     assert row["status"] != "failed", row["reason"]
     assert family is None or row["family"] == family
     assert status is None or row["status"] == status, row["reason"]
+
+
+class GenLip(torch.nn.Module):
+    """The image side of open_clip 4's `NaFlexGenLip`, of patches that were cut before; its trunk reads words, too."""
+
+    def __init__(self, embed_dim: int, **configuration: Any) -> None:
+        super().__init__()
+        visual: Any = torch.nn.Module()
+        visual.patch_embed, visual.trunk = torch.nn.Linear(768, embed_dim), torch.nn.Module()
+        visual.trunk.layers = torch.nn.ModuleList([torch.nn.Linear(embed_dim, embed_dim)])
+        visual.image_size, visual.pool_type = (256, 256), "avg"
+        visual.proj = torch.nn.Identity()
+        self.visual = visual
+
+
+def test_towers_of_open_clip_4_are_refused_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    configurations: dict[str, Any] = {
+        "naflexgenlip_test": {"embed_dim": 64, "genlip_cfg": {}, "vision_cfg": {"in_chans": 3}, "text_cfg": {}},
+        "naflexclap_test": {"embed_dim": 64, "audio_cfg": {}, "text_cfg": {}},  # no image tower
+    }
+    monkeypatch.setitem(sys.modules, "open_clip.naflex_genlip_model", SimpleNamespace(NaFlexGenLip=GenLip))
+    monkeypatch.setattr(open_clip, "list_models", lambda: list(configurations))
+    monkeypatch.setattr(open_clip, "get_model_config", configurations.get)
+    assert coverage.open_clip_names() == ["naflexgenlip_test"]
+    row = coverage.cover("naflexgenlip_test")
+    assert (row["status"], row["family"]) == ("refused", "none"), row["reason"]
 
 
 def test_refused() -> None:

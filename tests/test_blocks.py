@@ -16,6 +16,7 @@ from zoo import (
     assert_same_modules,
     embedding,
     mask_aware_tower,
+    part,
     plain_tower,
     random_images,
     random_masks,
@@ -35,6 +36,12 @@ LAYOUTS = [
     "timm-eva02",
     "timm-eva02-post_norm",
     "transformers-clip",
+]
+# A tower of every forward that is taken to pieces.
+TOWERS = [
+    *LAYOUTS,
+    *("open_clip-coca", "open_clip-clipa", "timm-siglip", "timm-gap", "transformers-clip-projection"),
+    *("transformers-siglip", "resnet", "openai-resnet", "timm-convnext", "timm-swin"),
 ]
 IMAGES, MASKS = random_images((32, 32)), random_masks(5, (32, 32))
 
@@ -57,7 +64,8 @@ def changed(change: Callable[[Any, Any], Any]) -> Callable[[Any], None]:
         host = type(block)
 
         def forward(self: Any, x: Any, *args: Any, **options: Any) -> Any:
-            return change(host.forward(self, x, *args, **options), x)
+            y = host.forward(self, x, *args, **options)
+            return (change(y[0], x), *y[1:]) if isinstance(y, tuple) else change(y, x)
 
         block.__class__ = type(host.__name__, (host,), {"forward": forward})
 
@@ -124,6 +132,52 @@ def test_a_block_that_lies_is_refused_by_name(name: str, lie: str) -> None:
     where = re.escape(ZOO[name].blocks[-1].removeprefix("vision_model."))
     with pytest.raises(ValueError, match=f"{where}.* (computes something else|its own forward)"):
         make_mask_aware(tower, 1)
+    assert_same_modules(snapshot(tower), modules)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def other_images(host: Any) -> Any:
+    return lambda self, x, *args, **options: host(self, 1.5 * x + 0.2, *args, **options)
+
+
+def other_outputs(host: Any) -> Any:
+    def forward(self: Any, *args: Any, **options: Any) -> Any:
+        output = host(self, *args, **options)
+        if isinstance(output, Tensor):
+            return (3 * output).cos()
+        if isinstance(output, tuple):
+            return ((3 * output[0]).cos(), *output[1:])
+        for key in [key for key in ("last_hidden_state", "pooler_output", "image_embeds") if key in output]:
+            output[key] = (3 * output[key]).cos()
+        return output
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "method", "change"),
+    [
+        *((name, "", "forward", other_images) for name in TOWERS),
+        *((name, "", "forward", other_outputs) for name in TOWERS),
+        *((name, "", "_embeds", other_outputs) for name in ("open_clip", "open_clip-coca", "open_clip-clipa")),
+        ("resnet", "", "stem", other_outputs),
+        ("timm-vit", "trunk", "forward_features", other_outputs),
+        ("timm-vit", "trunk", "forward", other_outputs),
+        ("open_clip", "transformer", "forward", other_outputs),
+        ("openai", "transformer", "forward", other_outputs),
+        ("transformers-clip", "encoder", "forward", other_outputs),
+    ],
+)
+def test_a_subclass_that_changes_what_is_around_the_blocks_is_refused(
+    name: str, path: str, method: str, change: Callable[[Any], Any]
+) -> None:
+    tower = plain_tower(name)
+    module = part(tower, path)
+    host = type(module)
+    module.__class__ = type(host.__name__, (host,), {method: change(getattr(host, method))})
+    modules, random_state = snapshot(tower), torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"the tower .* does something else around its blocks than its parts say"):
+        make_mask_aware(tower, **ZOO[name].settings)
     assert_same_modules(snapshot(tower), modules)
     assert torch.equal(torch.get_rng_state(), random_state)
 
@@ -317,6 +371,12 @@ def test_hooks_that_a_masked_pass_would_leave_out_are_refused(name: str) -> None
     tower(IMAGES)
     handle.remove()
     tower(IMAGES, MASKS)
+    container = getattr(tower, "trunk", None) or getattr(tower, "transformer", None)
+    if container is not None:  # of transformers' lists the forward is never called
+        list_of_blocks = container.blocks if hasattr(container, "blocks") else container.resblocks
+        list_of_blocks.register_forward_hook(lambda module, args, output: None)
+        with pytest.raises(ValueError, match=r"(trunk\.blocks|transformer\.resblocks) .* has forward hooks"):
+            tower(IMAGES, MASKS)
 
 
 @torch.no_grad()

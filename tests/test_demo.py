@@ -225,7 +225,7 @@ def test_the_given_clip_stays_unchanged(folder: Path, clip: Any) -> None:
 
 
 def test_the_folder_holds_the_report_its_figures_and_the_metrics(folder: Path) -> None:
-    written = ["curves.png", "figure1.png", "label_maps.png", "metrics.json", "report.html"]
+    written = ["curves.png", "figure1.png", "label_maps.png", "metrics.json", "report.html", "tower.safetensors"]
     assert sorted(path.name for path in folder.iterdir()) == written
     page = (folder / "report.html").read_text(encoding="utf-8")
     for name in ("curves", "figure1", "label_maps"):

@@ -4,11 +4,11 @@ import subprocess
 import sys
 
 MODULES = {
-    "maft_adapter.show": "matplotlib",
-    "maft_adapter.proposals.merging": "skimage",
-    "maft_adapter.shapes.report": "matplotlib",
-    "maft_adapter.shapes.demo": "matplotlib",
-    "maft_adapter.shapes.train_clip": "torchmetrics",
+    "maft_adapter.show": ("matplotlib", "demo"),
+    "maft_adapter.proposals.merging": ("skimage", "pictures"),
+    "maft_adapter.shapes.report": ("matplotlib", "demo"),
+    "maft_adapter.shapes.demo": ("matplotlib", "demo"),
+    "maft_adapter.shapes.train_clip": ("torchmetrics", "demo"),
 }
 
 
@@ -27,5 +27,6 @@ for module in {list(MODULES)}:
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
-    assert [line.split(".")[0].split(" ")[0] for line in lines] == list(MODULES.values())
-    assert all(line.endswith('is not installed; run: pip install "maft-adapter[demo]"') for line in lines)
+    for line, (library, extra) in zip(lines, MODULES.values(), strict=True):
+        assert line.split(".")[0].split(" ")[0] == library
+        assert line.endswith(f'is not installed; run: pip install "maft-adapter[{extra}]"')

@@ -20,6 +20,7 @@ from zoo import (
     embedding,
     mask_aware_tower,
     open_clip_tower,
+    part,
     plain_tower,
     random_images,
     random_masks,
@@ -327,7 +328,13 @@ def test_set_input_size(plain: Any, tower: Any, name: str, kind: Kind, masks: Te
 
 # Compiled, exported, parallel, trained, in other precisions
 
+any_number = pytest.mark.skipif(
+    torch.__version__ < "2.8",  # of a class that compares numbers
+    reason="graphs for any number of proposals need torch 2.8",
+)
 
+
+@any_number
 @torch.no_grad()
 @pytest.mark.parametrize("name", TRACED)
 def test_compiles_to_one_graph_for_any_number_of_proposals(tower: Any, images: Tensor) -> None:
@@ -349,6 +356,7 @@ def test_compiles_to_one_graph_for_any_number_of_proposals(tower: Any, images: T
     assert len(graphs) == 1
 
 
+@any_number
 @torch.no_grad()
 @pytest.mark.parametrize("name", TRACED)
 def test_exports_for_any_number_of_proposals(tower: Any, images: Tensor) -> None:
@@ -357,6 +365,23 @@ def test_exports_for_any_number_of_proposals(tower: Any, images: Tensor) -> None
     for count in (5, 11):
         masks = random_masks(count, (20, 20))
         close(program(images, masks), tower(images, masks))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:FutureWarning")
+@pytest.mark.parametrize("name", ["open_clip", "timm-eva02", "transformers-siglip", "resnet", "timm-convnext"])
+def test_torchscript_by_tracing_but_not_by_compiling(
+    plain: Any, tower: Any, name: str, images: Tensor, masks: Tensor
+) -> None:
+    modules = snapshot(tower)
+    for scripted in (tower, nn.ModuleDict({"visual": tower})):
+        with pytest.raises(TypeError, match=r"is mask-aware, which torch\.jit\.script can't compile; use torch\."):
+            torch.jit.script(scripted)
+    assert_same_modules(snapshot(tower), modules)
+    traced = torch.jit.trace(tower, (images, masks), check_trace=False)
+    close(traced(images.flip(0), masks.flip(0)), tower(images.flip(0), masks.flip(0)))
+    if name == "open_clip":  # of which torch.jit.script takes the unpatched tower
+        assert_identical(torch.jit.script(restore(tower))(images), plain(images))
 
 
 @pytest.fixture(scope="module")
@@ -551,6 +576,8 @@ def test_masks_asked_of_kept_features(tower: Any, kind: Kind, name: str, images:
         assert torch.equal(encode_image(clip, x), embedding(tower(x)))
         assert torch.equal(valid_masks(tower, features, masks), valid_masks(tower, x, masks))
         close(encode_masks(clip, features[1], masks[1:]), embeddings[1:])
+        assert torch.equal(features[-1].tensors[0], features.tensors[0][1:])
+        assert torch.equal(features[-2].tensors[0], features.tensors[0][:1])
         ragged = encode_masks(clip, features, [masks[0], masks[1, :2]])
         close(ragged[0], embeddings[0])
         close(ragged[1], embeddings[1, :2])
@@ -810,7 +837,7 @@ def test_timm_options_that_are_not_computed_are_refused(build: Any, message: str
     ],
 )
 def test_unknown_children_are_refused_by_name(plain: Any, kind: Kind, path: str, message: str) -> None:
-    plain.get_submodule(path).add_module("fresh", nn.LayerNorm(4))
+    part(plain, path).add_module("fresh", nn.LayerNorm(4))
     modules = snapshot(plain)
     with pytest.raises(
         ValueError, match=re.escape(message) + ".*fresh, unknown here: patching it would leave that out"
@@ -836,7 +863,7 @@ def test_what_is_computed_otherwise_is_refused(
     plain: Any, kind: Kind, path: str, values: dict[str, Any], message: str
 ) -> None:
     for attribute, value in values.items():
-        setattr(plain.get_submodule(path), attribute, value)
+        setattr(part(plain, path), attribute, value)
     modules = snapshot(plain)
     with pytest.raises(ValueError, match=re.escape(message)):
         make_mask_aware(plain, **kind.settings)

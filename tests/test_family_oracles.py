@@ -17,6 +17,7 @@ from zoo import (
     embedding,
     mask_aware_tower,
     next_open_clip_tower,
+    part,
     plain_tower,
     random_images,
     random_masks,
@@ -218,7 +219,7 @@ def coca_query(tower: Any, images: Tensor, cells: Tensor) -> Tensor:
 
 
 def transformers_query(tower: Any, images: Tensor, cells: Tensor) -> Tensor:
-    head, features = tower.head, tower(images).last_hidden_state  # (B, hw, width)
+    head, features = part(tower, "head"), tower(images).last_hidden_state  # (B, hw, width)
     bias = bias_of(cells, 0)[:, None].repeat_interleave(HEADS, dim=0)  # (B*heads, 1, hw)
     probe = head.probe.expand(len(images), -1, -1)
     pooled = head.attention(probe, features, features, attn_mask=bias)[0]
@@ -430,8 +431,9 @@ def test_other_sizes_of_transformers_siglip_with_masks(name: str) -> None:
     images, cells = random_images((24, 48)), random_cells((3, 6))
     tower = mask_aware_tower(name)
     plain = plain_tower(name)
-    position = position_on((3, 6), plain.embeddings.position_embedding.weight, 0, "maft")
-    plain.embeddings.interpolate_pos_encoding = lambda *_: position[None]
+    embeddings = part(plain, "embeddings")
+    position = position_on((3, 6), embeddings.position_embedding.weight, 0, "maft")
+    embeddings.interpolate_pos_encoding = lambda *_: position[None]
     features = plain(images, interpolate_pos_encoding=True).last_hidden_state
     plain.forward = lambda images: type("Output", (), {"last_hidden_state": features})
     expected = torch.stack([transformers_query(plain, images, cells[:, n]) for n in range(cells.shape[1])], dim=1)

@@ -448,6 +448,21 @@ def test_a_tower_file_of_other_settings_or_none(
         built(architectures, config(TOWER="no.pth"))
 
 
+@pytest.mark.parametrize("start_layer", [1, 8])
+def test_a_resnet_in_train_net_is_refused_as_such(
+    architectures: Registry, config: Any, build: Any, start_layer: int
+) -> None:
+    architectures["ZeroShotMaskFormer"] = lambda cfg: build(resnet=True)
+    with pytest.raises(ValueError, match=r"CLIP is a ResNet \(ModifiedResNet\).*build the host with ViT-B/16"):
+        built(architectures, config(START_LAYER=start_layer))
+
+
+def test_a_model_without_clip_is_refused_by_patch(architectures: Registry, config: Any) -> None:
+    architectures["ZeroShotMaskFormer"] = lambda cfg: nn.Linear(1, 1)
+    with pytest.raises(TypeError, match="Linear is no model of ZegFormer, ZSSeg or FreeSeg"):
+        built(architectures, config())
+
+
 TRAIN_NET = """
 import beside
 

@@ -1,5 +1,7 @@
 """Proposals by merging superpixels."""
 
+import dataclasses
+import inspect
 import tracemalloc
 from typing import Any
 
@@ -9,7 +11,7 @@ from numpy.typing import NDArray
 from skimage.segmentation import felzenszwalb
 
 from maft_adapter.proposals import merging
-from maft_adapter.proposals.merging import propose_masks
+from maft_adapter.proposals.merging import Superpixels, propose_masks
 from maft_adapter.shapes.scenes import render_scene
 
 
@@ -143,3 +145,17 @@ def test_other_input_is_refused() -> None:
         propose_masks(np.zeros((0, 8, 3), np.uint8))
     with pytest.raises(ValueError, match="float64"):
         propose_masks(np.zeros((8, 8, 3)))  # type: ignore[arg-type]
+
+
+def test_superpixels_are_the_proposals_of_these_settings() -> None:
+    image = render_scene(5).image
+    proposer = Superpixels(most=20, max_iou=0.5)
+    masks, scores, class_scores = proposer(image, "a.png")
+    assert np.array_equal(masks, propose_masks(image, most=20, max_iou=0.5)) and scores is None and class_scores is None
+    assert proposer.settings == "superpixels: scales=(40.0, 120.0) most=20 max_iou=0.5 min_area=0.015 min_contrast=0.0"
+    assert len({Superpixels().settings, Superpixels(most=20).settings, Superpixels(scales=(40.0,)).settings}) == 3
+    assert all(Superpixels()(np.zeros((*size, 3), np.uint8)).masks.shape == (1, *size) for size in ((1, 1), (1, 500)))
+    defaults = inspect.signature(propose_masks).parameters
+    assert all(getattr(Superpixels(), f.name) == defaults[f.name].default for f in dataclasses.fields(Superpixels))
+    with pytest.raises(ValueError, match="most is 0, expected at least 1"):
+        Superpixels(most=0)

@@ -109,7 +109,7 @@ def test_captions_that_name_the_same_share_the_target() -> None:
 def test_damaged_weights_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / clip_module.WEIGHTS).write_bytes(b"damaged")
     (tmp_path / f"{clip_module.WEIGHTS}.sha256").write_text("0" * 64)
-    monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path)
+    monkeypatch.setattr(clip_module, "__file__", str(tmp_path / "clip.py"))
     with pytest.raises(ValueError, match="does not have the SHA-256"):
         load_clip()
 

@@ -10,8 +10,19 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from numpy.typing import NDArray
+from PIL import ImageDraw
 
-from maft_adapter.show import OTHER, PALETTE, UNLABELLED, colorize, label_maps, overlay, typical_proposals
+from maft_adapter.show import (
+    OTHER,
+    PALETTE,
+    UNLABELLED,
+    class_colors,
+    colorize,
+    label_maps,
+    labelled,
+    overlay,
+    typical_proposals,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -225,3 +236,52 @@ def test_names_are_shown_letter_by_letter() -> None:
 def test_figures_stay_out_of_pyplot() -> None:
     label_maps([picture()], {"truth": [np.zeros((12, 16), int)]}, ["a"])
     assert matplotlib._pylab_helpers.Gcf.get_all_fig_managers() == []
+
+
+def test_class_colors_begin_with_the_palette_and_never_change() -> None:
+    colors = class_colors(847)
+    assert colors.dtype == np.uint8 and [tuple(c) for c in colors[:9].tolist()] == list(PALETTE)
+    assert (colors[:40] == class_colors(40)).all() and class_colors(0).shape == (0, 3)
+    assert len({tuple(color) for color in colors[:100].tolist()}) == 100
+    with pytest.raises(ValueError, match="count is -1"):
+        class_colors(-1)
+
+
+def test_labelled_lays_colours_on_and_leaves_the_unlabelled_alone() -> None:
+    image = np.full((400, 600, 3), (200, 100, 50), np.uint8)
+    labels = np.full((400, 600), 255)
+    labels[:, :200], labels[:, 200:350] = 1, 0
+    sheet = np.asarray(labelled(image, labels, ["sky", "sea"]))
+    assert sheet.shape[1] == 600 and sheet.shape[0] > 400
+    assert (sheet[:400, 360:] == image[:, 360:]).all()  # nothing is known there
+    colors = class_colors(2).astype(int)
+    left, middle = sheet[200, 50].astype(int), sheet[200, 300].astype(int)
+    assert np.abs(left - colors[1]).sum() < np.abs(left - colors[0]).sum()
+    assert np.abs(middle - colors[0]).sum() < np.abs(middle - colors[1]).sum()
+    assert (sheet[200, 200] == 255).all()  # the line between them
+    legend = sheet[400:].reshape(-1, 3)
+    for color in colors:
+        assert (legend == color).all(axis=1).sum() >= 150  # a swatch
+    assert not (legend == class_colors(3)[2]).all(axis=1).any()
+
+
+def test_labelled_names_classes_by_area_with_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, xy, text, **_: written.append(text))
+    labels = np.full((10, 10), 2)
+    labels[0], labels[1, :5] = 7, 255
+    labelled(picture(10, 10), labels, [f"class {k}" for k in range(8)])
+    assert written == ["class 2 85 %", "class 7 10 %"]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (20, 3000), (3000, 20), (96, 96)])
+def test_labelled_of_every_shape(shape: tuple[int, int]) -> None:
+    width = labelled(picture(*shape), np.zeros(shape, int), ["a name that is rather long"]).width
+    assert width >= 320 and (width == shape[1] or max(shape) < 320 or shape[1] < 320)
+
+
+def test_labelled_refuses() -> None:
+    with pytest.raises(ValueError, match=r"labels are 0..0 or 65535, got \[255\]"):
+        labelled(picture(4, 4), np.full((4, 4), 255), ["a"], ignore_index=65535)
+    with pytest.raises(ValueError, match="resize one of them"):
+        labelled(picture(4, 4), np.zeros((4, 5), int), ["a"])

@@ -1,16 +1,17 @@
 """Whole models of transformers: a tower patched inside, what `encode_masks` makes of it, and its text classifier."""
 
+import copy
+import itertools
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from zoo import DEPTH, HEADS, PATCH, WIDTH, random_images, random_masks, randomize
 
 from maft_adapter import encode_features, encode_image, encode_masks, encode_masks_and_image, make_mask_aware
-from maft_adapter.attention import dense_bias
-from maft_adapter.masks import attention_bias
+from maft_adapter.masks import masks_on_grid
 
 SMALL: dict[str, Any] = {
     "hidden_size": WIDTH,
@@ -37,18 +38,27 @@ def image_features(model: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
-def dense(model: Any, start_layer: int) -> Tensor:
-    """IP-CLIP by an unpatched model's own layers, with a mask of all pairs of tokens (Eq. 2)."""
+def one_at_a_time(model: Any, start_layer: int) -> Tensor:
+    """IP-CLIP by an unpatched model's own layers, a sequence of tokens for each proposal; see tests/test_blocks.py."""
     vision = model.vision_model
-    x = vision.pre_layrnorm(vision.embeddings(IMAGES))  # (B, 1+hw, width)
-    bias = attention_bias(MASKS, (4, 4), x.dtype)
-    n = MASKS.shape[1]
-    for i, layer in enumerate(vision.encoder.layers):
-        if i == start_layer:
-            x = torch.cat([x[:, :1].expand(-1, n, -1), x[:, 1:]], dim=1)  # (B, N+hw, width)
-        output = layer(x, attention_mask=dense_bias(bias) if i >= start_layer else None)
-        x = output[0] if isinstance(output, tuple) else output
-    return model.visual_projection(vision.post_layernorm(x[:, :n]))
+
+    def run(layer: nn.Module, x: Tensor) -> Tensor:
+        encoder = copy.copy(vision.encoder)  # knows what its layers take besides tokens, in every version
+        encoder._modules = {"layers": nn.ModuleList([layer])}
+        return encoder(inputs_embeds=x).last_hidden_state
+
+    tokens = vision.pre_layrnorm(vision.embeddings(IMAGES))  # (B, 1+hw, width)
+    layers, inside = vision.encoder.layers, masks_on_grid(MASKS, (4, 4)).flatten(2)  # (B, N, hw)
+    for layer in layers[:start_layer]:
+        tokens = run(layer, tokens)
+    rows = []
+    for b, n in itertools.product(range(2), range(5)):
+        class_token, patches = tokens[b : b + 1, :1], tokens[b : b + 1, 1:]
+        for layer in layers[start_layer:]:
+            both = torch.cat([class_token, patches[:, inside[b, n]]], dim=1)
+            class_token, patches = run(layer, both)[:, :1], run(layer, patches)
+        rows.append(model.visual_projection(vision.post_layernorm(class_token[:, 0])))
+    return torch.cat(rows).unflatten(0, (2, 5))
 
 
 @torch.no_grad()
@@ -56,7 +66,7 @@ def dense(model: Any, start_layer: int) -> Tensor:
 def test_masks_of_a_whole_model(kind: str) -> None:
     model = whole(kind)
     expected_image = image_features(model)
-    expected = dense(model, 1) if kind in WITH_CLASS_TOKEN else None
+    expected = one_at_a_time(model, 1) if kind in WITH_CLASS_TOKEN else None
     settings: dict[str, Any] = {"start_layer": 1} if kind in WITH_CLASS_TOKEN else {}
     make_mask_aware(model.vision_model, **settings)
     assert torch.equal(image_features(model), expected_image)  # it stays itself
@@ -74,7 +84,7 @@ def test_masks_of_a_whole_model(kind: str) -> None:
     torch.testing.assert_close(encode_image(model, features), image)
     # The tower by itself knows nothing of the projection beside it.
     alone = model.vision_model(IMAGES, MASKS)
-    projection = getattr(model, "visual_projection", torch.nn.Identity())
+    projection = getattr(model, "visual_projection", nn.Identity())
     torch.testing.assert_close(projection(alone), embeddings)
 
 
@@ -91,5 +101,13 @@ def test_the_model_itself_is_refused_with_the_cure(kind: str) -> None:
 
 def test_naflex_is_refused_by_name() -> None:
     config = transformers.Siglip2VisionConfig(**SMALL, num_patches=16, patch_size=PATCH)
-    with pytest.raises(ValueError, match=r"Siglip2VisionModel takes patches that were cut before.*NaFlex"):
+    with pytest.raises(ValueError, match=r"Siglip2Vision\w+ takes patches that were cut before.*NaFlex"):
         make_mask_aware(transformers.Siglip2VisionModel(config))
+
+
+def test_a_tower_of_one_size_is_refused_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CLIP's were in transformers before 4.46."""
+    model = whole("CLIP")
+    monkeypatch.delattr(type(model.vision_model.embeddings), "interpolate_pos_encoding")
+    with pytest.raises(ValueError, match=r"takes images of 32x32 only in transformers before 4\.46; upgrade it"):
+        make_mask_aware(model.vision_model, 1)

@@ -225,6 +225,12 @@ def transformers_tower(kind: str, size: int = 32, **options: Any) -> Any:
     return model
 
 
+def _encoder(kind: str) -> str:
+    """Where a vision model of transformers holds its layers: from 5.6 on there is no `vision_model` around them."""
+    names = (name for name, _ in transformers_tower(kind).named_modules())
+    return next(name for name in names if name.endswith("encoder.layers"))
+
+
 @dataclass(frozen=True)
 class Kind:
     """How to build a small tower of one kind, and what a test needs to know of it."""
@@ -298,7 +304,7 @@ ZOO: dict[str, Kind] = {
         class_token, lambda: timm_vit("eva02_enormous_patch14_clip_224", "token", None), _TIMM_BLOCKS, "attn"
     ),
     "transformers-clip": Kind(
-        class_token, lambda: transformers_tower("CLIPVisionModel"), _numbered("encoder.layers"), "attn"
+        class_token, lambda: transformers_tower("CLIPVisionModel"), _numbered(_encoder("CLIPVisionModel")), "attn"
     ),
     "transformers-clip-projection": Kind(
         class_token,
@@ -329,12 +335,15 @@ ZOO: dict[str, Kind] = {
         "attn_pool",
     ),
     "transformers-siglip": Kind(
-        learned_query, lambda: transformers_tower("SiglipVisionModel"), _numbered("encoder.layers"), "head."
+        learned_query,
+        lambda: transformers_tower("SiglipVisionModel"),
+        _numbered(_encoder("SiglipVisionModel")),
+        "head.",
     ),
     "transformers-siglip-so400m": Kind(
         learned_query,
         lambda: transformers_tower("SiglipVisionModel", 34),
-        _numbered("encoder.layers"),
+        _numbered(_encoder("SiglipVisionModel")),
         "head.",
         size=(34, 34),
     ),
@@ -422,6 +431,11 @@ def plain_tower(name: str) -> Any:
 def mask_aware_tower(name: str, **settings: Any) -> Any:
     """The same tower, patched."""
     return make_mask_aware(plain_tower(name), **{**ZOO[name].settings, **settings})
+
+
+def part(tower: Any, path: str) -> Any:
+    """A module in a tower, by its path as transformers 5.6 has it: older ones have `vision_model` before."""
+    return getattr(tower, "vision_model", tower).get_submodule(path) if path else tower
 
 
 def embedding(output: Any) -> Tensor:

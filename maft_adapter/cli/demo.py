@@ -19,7 +19,8 @@ def add(commands: Any) -> None:
         description=(
             "Compare a frozen CLIP with mask & crop, IP-CLIP without fine-tuning, and IP-CLIP fine-tuned "
             "with L_ma and with L_ma + L_dis, on held-out scenes of the embedded world. Prints the table "
-            "beside the paper's Table 4(a); writes report.html, its figures as PNG, and metrics.json. "
+            "beside the paper's Table 4(a); writes report.html, its figures as PNG, metrics.json, and the "
+            "fine-tuned tower as tower.safetensors. "
             "Nothing is downloaded. Takes minutes on two cores; Ctrl-C leaves what was finished."
         ),
     )

@@ -1,8 +1,8 @@
 """ADE20K with all 847 classes, 572 of them seen and 275 unseen: the split of ZegFormer, for every other host.
 
-A class is unseen if ZegFormer's list marks it "rare", which it does with those of at most 10 images. Names and split
-are not in this library: ZegFormer's script `create_ade-frequency_json.py`, one of those that prepare the labels, writes
-them into the data set's folder, and here they are read from there.
+A class is unseen if ZegFormer's list marks it "rare", which it does with those of at most 10 images. What hosts are
+given is read from the data set's folder, where ZegFormer's script `create_ade-frequency_json.py`, one of those that
+prepare the labels, writes it: so it fits these labels. `open_dataset` needs no such files.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ detectron2 is imported where it is used: the training step itself runs without i
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import importlib.util
@@ -212,11 +213,7 @@ def prepare(
     visual = host.visual(model)
     if not is_mask_aware(visual):
         raise TypeError(f"{type(model).__name__} is not patched; call {host.name}.patch(model) first")
-    if hasattr(visual, "attnpool"):
-        raise ValueError(
-            f"CLIP is a ResNet ({type(visual).__name__}), and neither the paper nor its code says what trains there: "
-            "build the host with ViT-B/16 or ViT-L/14. To evaluate a ResNet, patch(model) alone is enough"
-        )
+    _refuse_resnet(visual)
     losses = MAFTLoss(loss, distillation_weight)
     parameters = trainable_parameters(visual, freeze)
     visual.float()  # AdamW loses updates below float32
@@ -228,6 +225,14 @@ def prepare(
         swap_class(model, MaskAwareTraining)
     model.stage2 = Stage2(host, losses, teacher)
     return model.train(model.training)
+
+
+def _refuse_resnet(visual: Any) -> None:
+    if hasattr(visual, "attnpool"):
+        raise ValueError(
+            f"CLIP is a ResNet ({type(visual).__name__}), and neither the paper nor its code says what trains there: "
+            "build the host with ViT-B/16 or ViT-L/14. To evaluate a ResNet, patch(model) alone is enough"
+        )
 
 
 def region_batch(
@@ -317,6 +322,9 @@ def _declare(cfg: Any, host: Host) -> None:
         _register_ade20k_847(cfg)
         options = cfg.MODEL.MAFT
         model = META_ARCH_REGISTRY.get(options.HOST_ARCHITECTURE)(cfg)
+        # Before `patch`, which has a start layer to complain of first, and says best if there is no CLIP at all.
+        with contextlib.suppress(AttributeError):
+            _refuse_resnet(host.visual(model))
         host.patch(model, options.START_LAYER, options.SIZE, options.KEEP_ASPECT_RATIO)
         prepare(model, host, options.FREEZE, options.LOSS, options.DISTILLATION_WEIGHT)
         model.stage2.tower, model.stage2.trained = options.TOWER, False

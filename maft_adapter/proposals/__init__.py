@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
+from .base import Proposals, Proposer, check_proposals
+from .files import Files
+from .kept import Kept
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Files", "Kept", "Proposals", "Proposer", "check_proposals", "proposer"]
 
 
-class Proposals(NamedTuple):
-    """N mask proposals of one picture.
+def proposer(spec: str, device: torch.device | str = "cpu") -> Proposer:
+    """The proposer that a few words name, as the command line's `--proposals` does.
 
-    Attributes:
-        masks: (N, H, W) bool, or float32 in [0, 1] where a generator gives soft ones, at the picture's size.
-        scores: (N,) float32 in [0, 1], how good the generator finds each mask; None if it does not say.
-        class_scores: A^p, (N, C+1) float32 probabilities of the generator's own classes, the last column "no object";
-            None if it has none.
+    Args:
+        spec: `superpixels`; `sam` or `sam:MODEL` (`generators.Sam`); `mask2former` or `mask2former:MODEL`
+            (`generators.Mask2Former`), where MODEL is a name on the Hugging Face Hub or a folder; `files:PATH`
+            (`Files`).
+        device: that a generator's model runs on.
+
+    Raises:
+        ValueError: a spec of another form.
+        OSError: no such model or path.
+
+    Example:
+        >>> proposer("superpixels").settings
+        'superpixels: scales=(40.0, 120.0) most=80 max_iou=0.7 min_area=0.015 min_contrast=0.0'
     """
+    kind, colon, argument = spec.partition(":")
+    if kind == "superpixels" and not colon:
+        from .merging import Superpixels
 
-    masks: NDArray[np.bool_] | NDArray[np.float32]
-    scores: NDArray[np.float32] | None = None
-    class_scores: NDArray[np.float32] | None = None
+        return Superpixels()
+    if kind == "files" and argument:
+        return Files(argument)
+    if kind in ("sam", "mask2former") and bool(colon) == bool(argument):
+        from .generators import Mask2Former, Sam
 
-
-class Proposer(Protocol):
-    """What makes the proposals of a picture.
-
-    Attributes:
-        settings: all that determines the result besides the picture, in words.
-    """
-
-    settings: str
-
-    def __call__(self, picture: NDArray[np.uint8], name: str = "") -> Proposals:
-        """The proposals of a picture (H, W, 3) uint8 RGB; `name` is its file's, for masks that come from files."""
-        ...
+        generator = Sam if kind == "sam" else Mask2Former
+        return generator(argument, device) if argument else generator(device=device)
+    raise ValueError(
+        f"proposals are {spec!r}; expected superpixels, sam, sam:MODEL, mask2former, mask2former:MODEL or files:PATH"
+    )

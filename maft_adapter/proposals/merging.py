@@ -8,14 +8,16 @@ ones first, and those that fill each other's gaps.
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..extras import extra
+from .base import Proposals, check_picture
 
-with extra("demo"):
+with extra("pictures"):
     from PIL import Image
     from scipy.linalg import block_diag
     from skimage import graph
@@ -63,15 +65,8 @@ def propose_masks(
         >>> masks.dtype, masks.shape[1:]
         (dtype('bool'), (32, 32))
     """
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-        raise ValueError(f"image is (H, W, 3) uint8 RGB of at least one pixel, got {image.shape} {image.dtype}")
-    if not scales or not all(0 < scale < np.inf for scale in scales):
-        raise ValueError(f"scales are {scales!r}, expected at least one positive number")
-    if most < 1:
-        raise ValueError(f"most is {most!r}, expected at least 1")
-    for name, value in {"max_iou": max_iou, "min_area": min_area, "min_contrast": min_contrast}.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} is {value!r}, expected a number in [0, 1]")
+    check_picture(image)
+    _check_settings(scales, most, max_iou, min_area, min_contrast)
     height, width = image.shape[:2]
     factor = next(f for f in itertools.count(1) if -(-height // f) * -(-width // f) <= _MOST_PIXELS)
     if factor > 1:
@@ -100,6 +95,39 @@ def propose_masks(
     return masks
 
 
+@dataclass(frozen=True)
+class Superpixels:
+    """A proposer: `propose_masks` with these settings; its proposals have no scores.
+
+    Args:
+        scales, most, max_iou, min_area, min_contrast: as `propose_masks` takes them.
+
+    Raises:
+        ValueError: a number is out of its range.
+
+    Example:
+        >>> Superpixels(most=10)(np.zeros((8, 8, 3), np.uint8)).masks.shape
+        (1, 8, 8)
+    """
+
+    scales: tuple[float, ...] = (40.0, 120.0)
+    most: int = 80
+    max_iou: float = 0.7
+    min_area: float = 0.015
+    min_contrast: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_settings(self.scales, self.most, self.max_iou, self.min_area, self.min_contrast)
+
+    @property
+    def settings(self) -> str:
+        return "superpixels: " + " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+
+    def __call__(self, picture: NDArray[np.uint8], name: str = "") -> Proposals:
+        """The regions of a picture (H, W, 3) uint8 RGB; `name` does not matter."""
+        return Proposals(propose_masks(picture, self.scales, self.most, self.max_iou, self.min_area, self.min_contrast))
+
+
 class _Tree(NamedTuple):
     """A merging tree of S superpixels.
 
@@ -112,6 +140,16 @@ class _Tree(NamedTuple):
     labels: NDArray[np.int64]
     regions: NDArray[np.float64]
     contrasts: NDArray[np.float64]
+
+
+def _check_settings(scales: tuple[float, ...], most: int, max_iou: float, min_area: float, min_contrast: float) -> None:
+    if not scales or not all(0 < scale < np.inf for scale in scales):
+        raise ValueError(f"scales are {scales!r}, expected at least one positive number")
+    if most < 1:
+        raise ValueError(f"most is {most!r}, expected at least 1")
+    for name, value in {"max_iou": max_iou, "min_area": min_area, "min_contrast": min_contrast}.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value!r}, expected a number in [0, 1]")
 
 
 def _color_bins(image: NDArray[np.uint8]) -> NDArray[np.int64]:

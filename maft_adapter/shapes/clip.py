@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,11 @@ from open_clip import CLIP, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, CLIPTextCfg
 from safetensors.torch import load
 from torch import Tensor
 
+from ..checkpoint import load_mask_aware
 from .scenes import COLORS, MATERIALS, SHAPES, TEMPLATES, TONES
 
 WEIGHTS = "small_clip.safetensors"
+MASK_AWARE = "small_clip_mask_aware.safetensors"  # tower.safetensors of `maft-adapter demo`
 CONTEXT_LENGTH = 32
 _WORDS = sorted({*COLORS, *SHAPES, *TONES, *MATERIALS, "and", *" ".join(TEMPLATES).replace("{}", "").split()})
 _START, _END = len(_WORDS) + 1, len(_WORDS) + 2  # 0 pads; open_clip pools the text at the greatest id
@@ -37,33 +38,41 @@ def create_clip(patch_dropout: float = 0.0) -> Any:
     return CLIP(embed_dim=64, vision_cfg=vision, text_cfg=text)
 
 
-def load_clip(path: str | Path | None = None) -> Any:
+def load_clip(path: str | Path | None = None, mask_aware: bool = False) -> Any:
     """The small CLIP with the shipped weights, or those of another run of `maft_adapter.shapes.train_clip`.
 
     Args:
         path: a safetensors file; by default the shipped one, whose SHA-256 has to agree with the file beside it.
+        mask_aware: with the shipped tower that `maft-adapter demo` fine-tuned, mask-aware, in place of the frozen one.
 
     Returns:
         `open_clip.CLIP` in eval mode.
 
     Raises:
-        ValueError: the shipped file is damaged.
+        ValueError: a shipped file is damaged; the shipped mask-aware tower for another run's CLIP.
 
     Example:
         >>> load_clip().visual.output_dim
         64
+        >>> load_clip(mask_aware=True).visual.start_layer
+        0
     """
-    if path is None:
-        folder = resources.files(__package__)
-        data = folder.joinpath(WEIGHTS).read_bytes()
-        wanted = folder.joinpath(WEIGHTS + ".sha256").read_text().split()[0]
-        if hashlib.sha256(data).hexdigest() != wanted:
-            raise ValueError(f"{WEIGHTS} does not have the SHA-256 {wanted}; install maft-adapter again")
-    else:
-        data = Path(path).read_bytes()
+    if path is not None and mask_aware:
+        raise ValueError(f"the shipped mask-aware tower is not the one of {path}; fine-tune that one")
     model = create_clip()
-    model.load_state_dict(load(data))
+    model.load_state_dict(load(_shipped(WEIGHTS).read_bytes() if path is None else Path(path).read_bytes()))
+    if mask_aware:
+        load_mask_aware(model.visual, _shipped(MASK_AWARE))
     return model.eval()
+
+
+def _shipped(name: str) -> Path:
+    """The file of this package, if its SHA-256 is the one beside it."""
+    path = Path(__file__).parent / name
+    wanted = path.with_suffix(".safetensors.sha256").read_text().split()[0]
+    if hashlib.sha256(path.read_bytes()).hexdigest() != wanted:
+        raise ValueError(f"{name} does not have the SHA-256 {wanted}; install maft-adapter again")
+    return path
 
 
 def tokenize(texts: str | Sequence[str]) -> Tensor:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from .. import show
 from ..adapt import make_mask_aware, valid_masks
 from ..baselines import encode_crops
-from ..checkpoint import replace_file
+from ..checkpoint import replace_file, save_mask_aware
 from ..classify import class_scores, label_map, text_classifier
 from ..extras import extra
 from ..finetune import Sample, finetune
@@ -76,6 +76,7 @@ QUICK = replace(RECIPE, iterations=16, train_scenes=32, eval_scenes=24, curve_ev
 TEMPLATES = ("a picture of {}", "a photo of {}", "{}")
 # First entries of the scenes' seeds: no scene serves twice, nor did one serve in `train_clip`.
 SPLITS = {"evaluation": 8_000_000, "fine-tuning": 9_000_000}
+TOWER = "tower.safetensors"
 COUNTED_SCENES = 8  # multiply-accumulates are the mean of these; they vary with the number of proposals only
 NAMES = [f"{name} *" if name in UNSEEN else name for name in CLASSES]  # as the figures show them
 
@@ -98,7 +99,8 @@ class Row(NamedTuple):
 
     Attributes:
         name: key of `TITLES`.
-        encode: the row's encoder, fine-tuned.
+        clip: the row's CLIP, fine-tuned.
+        encode: its encoder.
         evaluation: on the held-out scenes.
         gmacs: 1e9 multiply-accumulates of the encoder for all proposals of an image.
         losses: of every iteration; empty without fine-tuning.
@@ -106,6 +108,7 @@ class Row(NamedTuple):
     """
 
     name: str
+    clip: Any
     encode: Encode
     evaluation: Evaluation
     gmacs: float
@@ -116,10 +119,12 @@ class Row(NamedTuple):
 def run_demo(
     out: Path, seeds: Sequence[int], quick: bool = False, clip: Any = None, start_layer: int | None = None
 ) -> dict[str, Any]:
-    """Run all rows for every seed and write metrics.json, report.html and its figures to `out`.
+    """Run all rows for every seed and write metrics.json, report.html, its figures and a tower to `out`.
 
-    metrics.json is written after every row, the report after every seed, each replaced as a whole, so a run
-    that is stopped leaves what was finished, and of an earlier run in `out` what it did not come to replace.
+    tower.safetensors is what the first seed's last row, L_ma + L_dis, was fine-tuned to; that of seed 0 is the one that
+    `load_clip(mask_aware=True)` has. metrics.json is written after every row, the rest after every seed, each replaced
+    as a whole, so a run that is stopped leaves what was finished, and of an earlier run in `out` what it did not come
+    to replace.
     Prints the table.
 
     Args:
@@ -177,6 +182,7 @@ def run_demo(
                 scores = ", ".join(f"{heading} {numbers[key]:.1f}" for key, heading in SCORES.items())
                 print(f"seed {seed}: {TITLES[row.name]}: {scores}", flush=True)
             if not figures:
+                save_mask_aware(rows["ip_clip_ma_dis"].clip.visual, out / TOWER)
                 figures["figure1"] = _png(figure_1(scenes, rows, clip))
                 figures["label_maps"] = _png(label_maps_figure(scenes, rows))
             figures["curves"] = _png(curves_figure(result))
@@ -208,18 +214,18 @@ def run_seed(seed: int, scenes: Sequence[Example], recipe: Recipe, clip: Any) ->
     def score(encode: Encode, title: str) -> Evaluation:
         return evaluate(encode, scenes, text, scale, title)
 
-    def finish(name: str, encode: Encode, losses: Any = None, curve: Any = None) -> Row:
+    def finish(name: str, clip: Any, encode: Encode, losses: Any = None, curve: Any = None) -> Row:
         evaluation = score(encode, TITLES[name])
         if curve:
             _extend(curve, recipe.iterations, evaluation)
         bar = tqdm(scenes[:COUNTED_SCENES], desc="counting multiply-accumulates", leave=False)
         counts = [count_encoder(encode, example) for example in bar]
-        return Row(name, encode, evaluation, statistics.mean(counts) / 1e9, losses or {}, curve or {})
+        return Row(name, clip, encode, evaluation, statistics.mean(counts) / 1e9, losses or {}, curve or {})
 
-    yield finish("frozen_mask_crop", partial(encode_crops, clip))
+    yield finish("frozen_mask_crop", clip, partial(encode_crops, clip))
     ip_clip = copy.deepcopy(clip)
     make_mask_aware(ip_clip.visual, recipe.start_layer)
-    untuned = finish("ip_clip", partial(encode_mask_aware, ip_clip))
+    untuned = finish("ip_clip", ip_clip, partial(encode_mask_aware, ip_clip))
     yield untuned
 
     samples = finetuning_samples(prepare(seed, "fine-tuning", recipe.train_scenes, recipe.min_contrast))
@@ -242,7 +248,7 @@ def run_seed(seed: int, scenes: Sequence[Example], recipe: Recipe, clip: Any) ->
             seed=seed, on_iteration=watch,
         )  # fmt: skip
         losses = {key: [step[key] for step in history] for key in history[0]}
-        yield finish(name, encode, losses, curve)
+        yield finish(name, student, encode, losses, curve)
 
 
 def prepare(

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention import query_attention
 from .base import MaskAware, MaskAwareTower, divide_into_patches, refuse_unknown, swap_class
-from .layouts import interpolate_position, patched_copy, prove_pool
+from .layouts import interpolate_position, patched_copy, prove_frame, prove_pool
 
 SETTINGS = ("interpolation", "threshold")
 POOLS = "pools the last feature map of its convolutions"
@@ -43,6 +43,9 @@ def check(visual: Any, start_layer: int) -> None:
     twin = patched_copy(visual, _ResNetTower)
     twin.attnpool = patched_copy(pool, _AttentionPool)
     prove_pool(twin, (1, pool.k_proj.in_features, side, side), (side, side), "attnpool")
+    for name in (*_LAYERS, "attnpool"):
+        setattr(twin, name, nn.Identity())
+    prove_frame(twin, (1, 3, _STRIDE * side, _STRIDE * side))
 
 
 def patch(visual: Any, start_layer: int) -> None:

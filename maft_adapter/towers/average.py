@@ -27,7 +27,11 @@ from .layouts import (
     meta_copy,
     patch_timm_vit,
     patched_copy,
+    prove_clip_vit,
+    prove_frame,
     prove_pool,
+    prove_timm_vit,
+    shallow_copy,
     timm_trunk,
 )
 
@@ -51,6 +55,7 @@ def check(visual: Any, start_layer: int) -> None:
         check_clip_vit(visual)
         tokens = (1, 1 + _CELLS[0] * _CELLS[1], visual.class_embedding.shape[-1])
         prove_pool(patched_copy(visual, _ClipTower), tokens, _CELLS, "the tower's average")
+        prove_clip_vit(visual, _ClipTower)
         return
     trunk = visual.trunk
     refuse_unknown(visual.head, ("drop", "proj", "mlp"), "head")
@@ -66,6 +71,10 @@ def check(visual: Any, start_layer: int) -> None:
     else:
         shape, grid = _check_map(visual)
     prove_pool(patched_copy(visual, tower), shape, grid, f"trunk ({type(trunk).__name__})")
+    if tower is _TimmViTTower:
+        prove_timm_vit(visual, tower)
+    else:
+        _prove_map(visual, shape, grid)
 
 
 def patch(visual: Any, start_layer: int) -> None:
@@ -113,6 +122,17 @@ def _check_map(visual: Any) -> tuple[tuple[int, int, int, int], tuple[int, int]]
             f"cells, as its stride of {stride} says, to know which of them lie inside: not supported"
         )
     return shape, grid
+
+
+def _prove_map(visual: Any, shape: tuple[int, ...], grid: tuple[int, int]) -> None:
+    """`prove_frame` of a trunk whose features are of `shape`, without computing them."""
+    twin = patched_copy(visual, _TimmMapTower)
+    twin.trunk = shallow_copy(visual.trunk)
+    like = next(visual.trunk.parameters())
+    features = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
+    twin.trunk.forward_features = lambda images: (images[0, 0, 0, 0] + features).sin()
+    stride = visual.trunk.feature_info[-1]["reduction"]
+    prove_frame(twin, (1, 3, stride * grid[0], stride * grid[1]))
 
 
 def _is_nhwc(trunk: Any) -> bool:

@@ -6,6 +6,7 @@ parameters, hooks, optimizers and state_dict keys stay what they were, and undoi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from typing import Any, cast
@@ -30,6 +31,13 @@ class MaskAware:
         # The made class has no importable name, so pickle and deepcopy build it again from its two parents.
         _, _, *state = cast(tuple[Any, ...], super().__reduce_ex__(2))
         return (_new, type(self).__bases__, *state)
+
+    def __prepare_scriptable__(self) -> Any:
+        # Called by torch.jit.script, which says nothing that helps of what it then fails to compile.
+        raise TypeError(
+            f"{type(self).__name__} is mask-aware, which torch.jit.script can't compile; use torch.compile, "
+            "torch.export or torch.jit.trace(tower, (images, masks)), or call restore before"
+        )
 
 
 class MaskAwareTower(MaskAware):
@@ -164,6 +172,19 @@ def mask_aware_modules(visual: nn.Module) -> list[Any]:
                 "parametrization, ...); undo that first, then restore or patch again"
             )
     return modules
+
+
+@contextlib.contextmanager
+def computing(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """For a proof: in eval mode, in the module's own precision and without gradients, and back again."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def divide_into_patches(

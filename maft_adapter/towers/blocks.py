@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..attention import class_attention, project, projections
-from .base import MaskAware, refuse_own_methods, refuse_unknown, restore_class, swap_class
+from .base import MaskAware, computing, refuse_own_methods, refuse_unknown, restore_class, swap_class
 
 _PATCHES = 4  # that a proof runs on, beside the class token
 
@@ -198,17 +198,13 @@ def prove_blocks(
         if like.is_meta or (kind := _kind(block)) in proven:
             continue
         proven.add(kind)
-        modes = [(module, module.training) for module in block.modules()]
         fresh = not isinstance(block, ProposalBlock)
         if fresh:
             swap_class(block, layout)
-        block.eval()
         try:
-            with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+            with computing(block, like.device):
                 same = _same_arithmetic(block, like.new_empty(0), width, options)
         finally:
-            for module, mode in modes:
-                module.training = mode
             if fresh:
                 restore_class(block)
         if not same:
@@ -241,7 +237,7 @@ def _same_arithmetic(block: Any, like: Tensor, width: int, options: dict[str, An
 
     x, ours = random(1, 1 + _PATCHES, width), {}
     if "rope" in options:
-        rope = random(_PATCHES, 2 * block.attn.head_dim)
+        rope = random(_PATCHES, 2 * block._project(x, None)[1].shape[-1])
         # Asked alone, the first token counts as a patch, too: sine 0 and cosine 1 leave it where it was.
         still = torch.cat([torch.zeros_like(rope[:1, ::2]), torch.ones_like(rope[:1, ::2])], dim=-1)
         options, ours = {**options, "rope": rope}, {"rope": torch.cat([still, rope])}

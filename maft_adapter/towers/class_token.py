@@ -35,6 +35,9 @@ from .layouts import (
     native_grid,
     patch_timm_vit,
     patch_transformers,
+    prove_clip_vit,
+    prove_timm_vit,
+    prove_transformers,
     refuse_patch_dropout,
     timm_trunk,
     transformers_inner,
@@ -84,6 +87,12 @@ def check(visual: Any, start_layer: int) -> None:
     else:
         width, options = visual.config.hidden_size, _transformers_options(visual)
     prove_blocks(blocks[start_layer:], layout, width, options)
+    if layout is ClipBlock:
+        prove_clip_vit(visual, _clip_tower(visual))
+    elif layout is TimmBlock:
+        prove_timm_vit(visual, _TimmTower)
+    else:
+        prove_transformers(visual, _TransformersTower)
 
 
 def patch(visual: Any, start_layer: int) -> None:
@@ -91,7 +100,7 @@ def patch(visual: Any, start_layer: int) -> None:
     layout = _layout(visual)
     blocks = _named_blocks(visual)[start_layer:]
     if layout is ClipBlock:
-        swap_class(visual, _OpenClipTower if hasattr(visual, "_embeds") else _OpenAITower)
+        swap_class(visual, _clip_tower(visual))
     elif layout is TimmBlock:
         patch_timm_vit(visual, _TimmTower)
     else:
@@ -106,6 +115,10 @@ def _layout(visual: Any) -> type[ProposalBlock]:
     return TimmBlock if hasattr(visual, "trunk") else TransformersBlock
 
 
+def _clip_tower(visual: Any) -> type:
+    return _OpenClipTower if hasattr(visual, "_embeds") else _OpenAITower
+
+
 def _named_blocks(visual: Any) -> list[tuple[str, Any]]:
     if is_clip_vit(visual):
         path, blocks = "transformer.resblocks", visual.transformer.resblocks
@@ -118,7 +131,10 @@ def _named_blocks(visual: Any) -> list[tuple[str, Any]]:
 
 def _transformers_options(visual: Any) -> dict[str, Any]:
     """The masks that a block asks for: one in transformers 5, two before."""
-    block = _named_blocks(visual)[0][1]
+    blocks = _named_blocks(visual)
+    if not blocks:  # as where `prove_frame` looks at what is around them
+        return {}
+    block = blocks[0][1]
     host: Any = super(ProposalBlock, block) if isinstance(block, ProposalBlock) else block
     return {name: None for name in inspect.signature(host.forward).parameters if name.endswith("attention_mask")}
 
@@ -222,7 +238,8 @@ class _ClipTower(ClipViT, _ClassTokenTower):
         return getattr(self.transformer, "grad_checkpointing", False)
 
     def _bypassed(self: Any) -> Iterator[tuple[str, Any]]:
-        yield from (("transformer", self.transformer), *super()._bypassed())
+        blocks = self.transformer.resblocks
+        yield from (("transformer", self.transformer), ("transformer.resblocks", blocks), *super()._bypassed())
 
     def _head(self: Any, x: Tensor) -> Tensor:
         pooled = self.ln_post(x)
@@ -255,7 +272,7 @@ class _TimmTower(TimmViT, _ClassTokenTower):
         return self.trunk.grad_checkpointing
 
     def _bypassed(self: Any) -> Iterator[tuple[str, Any]]:
-        yield from (("trunk", self.trunk), *super()._bypassed())
+        yield from (("trunk", self.trunk), ("trunk.blocks", self.trunk.blocks), *super()._bypassed())
 
     def _head(self: Any, x: Tensor) -> Tensor:
         single = self.trunk.norm(x).flatten(0, 1)[:, None]  # (B*N, 1, width): each the class token of its own

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..masks import WHOLE
-from .base import MaskAware, MaskAwareTower, divide_into_patches, refuse_unknown, share_seen, swap_class
+from .base import MaskAware, MaskAwareTower, computing, divide_into_patches, refuse_unknown, share_seen, swap_class
 
 # All that is read of a CLIP ViT, children and parameters alike.
 _CLIP_VIT = ("conv1", "class_embedding", "positional_embedding", "ln_pre", "transformer", "ln_post", "proj")
@@ -81,6 +81,16 @@ def native_grid(visual: Any) -> tuple[int, int]:
         return grid
     side = round((visual.positional_embedding.shape[0] - 1) ** 0.5)
     return side, side
+
+
+def prove_clip_vit(visual: Any, tower: type) -> None:
+    """`prove_frame` of an open_clip or OpenAI ViT; `tower` is the mixin of its family."""
+    twin = patched_copy(visual, tower)
+    twin.ln_pre = nn.Sequential(visual.ln_pre, _Mix())
+    twin.transformer = shallow_copy(visual.transformer)
+    twin.transformer.resblocks = nn.Sequential()
+    height, width = (cells * step for cells, step in zip(native_grid(visual), visual.conv1.stride, strict=True))
+    prove_frame(twin, (1, visual.conv1.in_channels, height, width))
 
 
 class ClipViT(MaskAwareTower):
@@ -165,6 +175,16 @@ def patch_timm_vit(visual: Any, tower: type) -> None:
     swap_class(visual.trunk.patch_embed, TimmPatchEmbed)
 
 
+def prove_timm_vit(visual: Any, tower: type) -> None:
+    """`prove_frame` of open_clip's `TimmModel` around a ViT; `tower` is the mixin of its family."""
+    twin = patched_copy(visual, tower)
+    twin.trunk = patched_copy(visual.trunk, TimmTrunk)
+    twin.trunk.patch_embed = patched_copy(visual.trunk.patch_embed, TimmPatchEmbed)
+    twin.trunk.norm_pre = nn.Sequential(visual.trunk.norm_pre, _Mix())
+    twin.trunk.blocks = nn.Sequential()
+    prove_frame(twin, (1, 3, *visual.trunk.patch_embed.img_size))
+
+
 class TimmViT(MaskAwareTower):
     """Of open_clip's `TimmModel` around a ViT, beside a family's own mixin."""
 
@@ -189,13 +209,19 @@ def meta_copy(module: nn.Module) -> Any:
     return copy.deepcopy(module, memo).eval()
 
 
-def patched_copy(module: Any, mixin: type) -> Any:
-    """A copy of `module` of the class that it would be swapped to, which shares parameters and children with it."""
+def shallow_copy(module: Any) -> Any:
+    """A copy of `module` that shares parameters and children with it."""
     twin = copy.copy(module)
     twin._modules = dict(twin._modules)
+    return twin
+
+
+def patched_copy(module: Any, mixin: type) -> Any:
+    """A `shallow_copy` of the class that `module` would be swapped to."""
+    twin = shallow_copy(module)
     if not isinstance(twin, MaskAware):
         swap_class(twin, mixin)
-        twin.interpolation, twin.threshold = "maft", 0.5
+        twin.interpolation, twin.threshold, twin.start_layer = "maft", 0.5, 0
     return twin
 
 
@@ -217,25 +243,70 @@ def prove_pool(twin: Any, shape: tuple[int, ...], grid: tuple[int, int], where: 
     generator = torch.Generator().manual_seed(0)
     # Around one, since what a head makes of a mean near zero is little besides its bias.
     features = (1 + torch.randn(shape, generator=generator)).to(like.device, like.dtype)
-    modes = [(module, module.training) for module in twin.modules()]
-    twin.eval()
     try:
-        with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        with computing(twin, like.device):
             own = twin._pool_image((features,), grid)  # (1, D)
             full = twin._on_grid(like.new_ones(1, 1, 1, 1), grid, WHOLE, features.dtype)
             asked = twin._pool_masks((features,), full)[:, 0]  # (1, D)
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
         raise ValueError(f"{where} can't pool features of {shape} as its parts say ({said}): not supported") from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    allowed = torch.finfo(own.dtype).eps ** 0.5 * own.abs().max()
-    if own.isfinite().all() and not (own.shape == asked.shape and (asked - own).abs().max() <= allowed):
+    if not _same(asked, own):
         raise ValueError(
             f"{where} computes something else than its parts say: a full mask does not give what it makes of the same "
             "features, so masks can't be asked of it: not supported"
         )
+
+
+class _Mix(nn.Module):
+    """In place of all blocks, for one image: every token sees all of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.mean(dim=(0, 1))
+
+
+def prove_frame(twin: Any, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless the tower does around its blocks what a masked pass does there.
+
+    A random image goes through the host's own forward, which a subclass may have changed, and through `_features` and
+    `_pool_image`; as in `prove_pool`.
+
+    Args:
+        twin: what `patched_copy` gives of the tower, without what makes it expensive.
+        shape: of one image, (1, 3, H, W), as the tower was made for.
+    """
+    if any(parameter.is_meta for parameter in twin.parameters()):
+        return
+    name = type(twin).__name__
+    like = next(parameter for parameter in twin.parameters() if parameter.ndim == 4)  # the convolution that reads it
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    try:
+        with computing(twin, like.device):
+            own = image_embedding(twin.forward(images))  # (1, D)
+            ours = twin._pool_image(twin._features(images), twin.token_grid(images))  # (1, D)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"the tower ({name}) can't embed an image of {shape} as its parts say ({said})") from error
+    if not _same(ours, own):
+        raise ValueError(
+            f"the tower ({name}) does something else around its blocks than its parts say, as a subclass with methods "
+            "of its own may; a masked pass would leave that out: not supported"
+        )
+
+
+def image_embedding(output: Any) -> Any:
+    """The embedding (B, D) in what a host gives: itself, the first of a tuple, or a field of transformers'."""
+    if isinstance(output, Tensor | tuple):
+        return output if isinstance(output, Tensor) else output[0]
+    return getattr(output, "image_embeds", getattr(output, "pooler_output", None))
+
+
+def _same(actual: Tensor, expected: Tensor) -> bool:
+    """In half of the digits: rounding stays far below, other arithmetic far above. Weights may not be set yet."""
+    if not expected.isfinite().all():
+        return True
+    allowed = torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().max()
+    return actual.shape == expected.shape and bool((actual - expected).abs().max() <= allowed)
 
 
 class PoolingTimm(MaskAwareTower):
@@ -321,13 +392,15 @@ def transformers_inner(visual: Any) -> Any:
 def check_transformers(visual: Any) -> None:
     """Raise ValueError unless the tower holds what is read of transformers' CLIP and SigLIP towers, and no more."""
     inner = transformers_inner(visual)
-    name, embed = type(inner).__name__, getattr(inner, "embeddings", None)
+    name = type(inner).__name__
+    embed: Any = getattr(inner, "embeddings", None)
     if isinstance(getattr(embed, "patch_embedding", None), nn.Linear):
         raise ValueError(f"{name} {_NAFLEX}a SigLIP 2 without naflex in its name, which loads as SiglipModel")
     size: Any = getattr(embed, "image_size", None)
-    of_one_size = isinstance(size, int) and isinstance(getattr(embed, "patch_size", None), int)
-    if not of_one_size or not hasattr(embed, "interpolate_pos_encoding"):
+    if not isinstance(size, int) or not isinstance(getattr(embed, "patch_size", None), int):
         raise ValueError(f"{name} does not embed images of one image_size and patch_size as CLIP does: not supported")
+    if not hasattr(embed, "interpolate_pos_encoding"):
+        raise ValueError(f"{name} takes images of {size}x{size} only in transformers before 4.46; upgrade it")
     if not hasattr(getattr(inner, "encoder", None), "layers") or not hasattr(inner, "post_layernorm"):
         raise ValueError(f"{name} has no encoder.layers and post_layernorm as CLIP's towers have: not supported")
     known = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm", "head")
@@ -340,11 +413,23 @@ def check_transformers(visual: Any) -> None:
     twin.config._attn_implementation = "eager"  # others need a device that computes
     try:
         with torch.no_grad():
-            output = twin(torch.empty(1, 3, size, size, dtype=visual.dtype, device="meta"))
+            output = twin(torch.empty(1, 3, size, size, dtype=embed.patch_embedding.weight.dtype, device="meta"))
     except Exception as error:
         raise ValueError(f"{name} takes no images of {size}x{size} ({type(error).__name__}: {error})") from error
-    if getattr(output, "image_embeds", getattr(output, "pooler_output", None)) is None:
+    if image_embedding(output) is None:
         raise ValueError(f"{name} gives no pooler_output, or not by that name (return_dict=False): not supported")
+
+
+def prove_transformers(visual: Any, tower: type) -> None:
+    """`prove_frame` of a vision model of transformers; `tower` is the mixin of its family."""
+    twin = inner = patched_copy(visual, tower)
+    if hasattr(visual, "vision_model"):
+        twin.vision_model = inner = shallow_copy(visual.vision_model)
+    if hasattr(inner, "pre_layrnorm"):
+        inner.pre_layrnorm = nn.Sequential(inner.pre_layrnorm, _Mix())
+    inner.encoder = shallow_copy(inner.encoder)
+    inner.encoder.layers = nn.Sequential()
+    prove_frame(twin, (1, 3, inner.embeddings.image_size, inner.embeddings.image_size))
 
 
 def patch_transformers(visual: Any, tower: type) -> None:

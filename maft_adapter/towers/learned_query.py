@@ -28,7 +28,10 @@ from .layouts import (
     patch_timm_vit,
     patch_transformers,
     patched_copy,
+    prove_clip_vit,
     prove_pool,
+    prove_timm_vit,
+    prove_transformers,
     timm_trunk,
     transformers_inner,
 )
@@ -74,6 +77,8 @@ def check(visual: Any, start_layer: int) -> None:
         _check_attention(head.attention, "head.attention")
         tower, where, width = _TransformersTower, "head", head.probe.shape[-1]
     prove_pool(patched_copy(visual, tower), (1, _CELLS[0] * _CELLS[1], width), _CELLS, where)
+    prove = {_CoCaTower: prove_clip_vit, _TimmTower: prove_timm_vit, _TransformersTower: prove_transformers}
+    prove[tower](visual, tower)
 
 
 def patch(visual: Any, start_layer: int) -> None:

@@ -1,0 +1,254 @@
+"""`maft-adapter segment`: from pictures and words to label maps, overlays and annotations."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import json
+import os
+import re
+import sys
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import replace_file
+from ..contact_sheet import Entry, contact_sheet
+from .options import add_pictures, model_options
+
+MARK = ".maft-adapter"  # of a folder that this command writes to
+KEPT = ".proposals"  # in that folder
+
+
+def add(commands: Any) -> None:
+    """Add the command to argparse's sub-parsers."""
+    segment = commands.add_parser(
+        "segment",
+        help="label maps, overlays and COCO annotations of pictures, with your own words",
+        description=(
+            "Label the regions of pictures with words. For each picture NAME.png (label map: indices of the classes, "
+            "with a palette, 255 where nothing is; 16 bits and 65535 for more than 255 classes), NAME_overlay.jpg with "
+            "a legend, and NAME.json (COCO: RLE, area, box, the five best classes with their scores) are written, and "
+            "index.html, which shows all of them and can be filtered by class. Sub-folders are kept; where two "
+            "pictures have the same stem, NAME is the file's whole name. Without --model, the small CLIP of the drawn "
+            "scenes in examples/pictures is used, with their classes. A second run with the same options skips what is "
+            "finished; a picture that fails is named, the others go on, and the exit status is 1."
+        ),
+    )
+    add_pictures(segment)
+    segment.add_argument(
+        "--classes", metavar="LIST",
+        help="names with commas between them, or a file: a class a line, synonyms with commas between them, also with "
+        "INDEX: before each (default: those of the embedded world, which needs no --model)",
+    )  # fmt: skip
+    segment.add_argument("--background", metavar="WORDS", help="one more class, whose pixels are left unlabelled")
+    segment.add_argument(
+        "--templates", metavar="NAME",
+        help="prompts: one, vild (14), imagenet (80), or your own, such as 'a painting of a {}.' (default: one)",
+    )  # fmt: skip
+    segment.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to write to, new, empty or of an earlier run"
+    )
+    segment.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run it; returns the exit status."""
+    try:
+        return _run(arguments)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        print(_printable(f"maft-adapter segment: {error}"), file=sys.stderr)
+        return 1
+
+
+def read_classes(given: str) -> list[tuple[str, ...]]:
+    """The classes of `--classes`.
+
+    Args:
+        given: names with commas between them, or the path of a file in UTF-8: a class a line, its synonyms with commas
+            between them; or `INDEX:name,synonym` a line, as open-vocabulary work has them, in the order of the lines,
+            of which `0:invalid_class_id` is left out.
+
+    Raises:
+        ValueError: no classes, an empty name, an index that comes twice; or a path that leads to no file.
+
+    Example:
+        >>> read_classes("swan, red river")
+        [('swan',), ('red river',)]
+    """
+    path = Path(given)
+    if not os.path.isfile(given):  # of a long list, Path.is_file raises
+        if path.suffix == ".txt" or ("," not in given and os.sep in given):
+            raise ValueError(f"--classes {given}: no such file")
+        lines = [[name] for name in given.split(",")]
+    else:
+        try:
+            text = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--classes {given}: not a text file in UTF-8 ({error})") from error
+        indexed = [re.fullmatch(r"(\d+)\s*:\s*(.+)", line) for line in text]
+        if text and all(indexed):
+            found = [(int(match[1]), match[2]) for match in indexed if match]
+            indices = [index for index, _ in found]
+            twice = sorted({index for index in indices if indices.count(index) > 1})
+            if twice:
+                raise ValueError(f"--classes {given}: index {twice[0]} comes more than once")
+            text = [names for _, names in found if names != "invalid_class_id"]
+        lines = [line.split(",") for line in text]
+    classes = [tuple(name.strip() for name in names) for names in lines]
+    if not classes or not all(all(names) for names in classes):
+        raise ValueError(f"--classes {given}: no classes, or an empty name; is there a comma too much?")
+    return classes
+
+
+def output_names(pictures: Sequence[Path]) -> tuple[Path, list[str]]:
+    """The folder that pictures share, and what their outputs are called: their paths below it, without suffixes.
+
+    Names that would fall together (of `a.jpg` and `a.png`, or of `A.jpg` on some disks) keep their suffix.
+
+    Example:
+        >>> output_names([Path("/p/a.jpg"), Path("/p/b/a.jpg"), Path("/p/b/a.png")])[1]
+        ['a', 'b/a.jpg', 'b/a.png']
+    """
+    whole = [Path(os.path.abspath(picture)) for picture in pictures]
+    root = Path(os.path.commonpath([path.parent for path in whole]))
+    full = [path.relative_to(root) for path in whole]
+    names = [path.with_suffix("") for path in full]
+    for _ in range(2):  # what has its suffix now may be the stem of another
+        alike: dict[str, list[int]] = {}
+        for i, name in enumerate(names):
+            alike.setdefault(unicodedata.normalize("NFC", str(name)).casefold(), []).append(i)
+        for group in alike.values():
+            if len(group) > 1:
+                for i in group:
+                    names[i] = full[i]
+    return root, [name.as_posix() for name in names]
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from ..models import load_model
+    from ..pictures import Segmenter, find_pictures
+    from ..proposals import Kept, proposer
+
+    out: Path = arguments.out
+    # Not what an earlier run wrote into a folder of pictures.
+    pictures = [path for path in find_pictures(arguments.pictures) if out.resolve() not in path.resolve().parents]
+    if not pictures:
+        raise ValueError(f"all pictures are in --out {out}: name another folder")
+    classes = None if arguments.classes is None else read_classes(arguments.classes)
+    root, names = output_names(pictures)
+    _claim(out, root)
+    model = load_model(device=arguments.device, **model_options(arguments))
+    if classes is None and model.class_names is not None:
+        classes = [(name,) for name in model.class_names]
+    if classes is None:
+        raise ValueError("--model needs --classes: a list, such as 'swan, river, grass', or a file")
+    templates = arguments.templates or model.templates
+    segmenter = Segmenter(
+        model.clip, model.tokenizer, classes,
+        proposals=Kept(proposer(arguments.proposals, arguments.device), out / KEPT),
+        templates=[templates] if isinstance(templates, str) and "{" in templates else templates,
+        background=arguments.background, size=model.size if arguments.size is None else arguments.size,
+        keep_aspect=arguments.keep_aspect,
+    )  # fmt: skip
+    settings = {
+        "model": model.source,
+        "proposals": segmenter.proposals.settings,
+        "templates": list(segmenter.templates),
+        "background": segmenter.background,
+        "size": segmenter.size,
+        "keep_aspect": segmenter.keep_aspect,
+    }
+
+    entries, failed, made = [], 0, 0
+    for path, name in tqdm(list(zip(pictures, names, strict=True)), unit="picture", disable=None):
+        try:
+            info = {"settings": settings, "picture_sha256": _digest(path)}
+            coco = _finished(out, name, info, segmenter.class_names)
+            if coco is None:
+                segmenter(path).save(out, name, info)
+                coco = json.loads((out / f"{name}.json").read_bytes())
+                made += 1
+            entries.append(_entry(name, coco))
+        except Exception as error:  # of any kind, so that one bad picture does not stop the others
+            if isinstance(error, OSError) and error.errno in _DISK:
+                raise OSError(f"--out {out} can't be written to: {error}") from error
+            reason = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
+            tqdm.write(_printable(f"failed: {reason if str(path) in reason else f'{path}: {reason}'}"), file=sys.stderr)
+            failed += 1
+    page = contact_sheet(entries, "maft-adapter segment")
+    replace_file(out / "index.html", page.encode(errors="replace"))
+    already = len(entries) - made
+    print(_printable(f"{made} pictures segmented, {already} had been already, {failed} failed: {out / 'index.html'}"))
+    return 1 if failed else 0
+
+
+# Of errors that concern all pictures: no room, or a folder that can't be written to.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def _claim(out: Path, root: Path) -> None:
+    """Make the folder this command's, for pictures below `root`.
+
+    Raises:
+        ValueError: it holds files of something else, or outputs of other pictures, which could be replaced.
+        OSError: it can't be made or written to.
+    """
+    mark = f"written by maft-adapter segment for pictures in\n{root}\n".encode(errors="surrogateescape")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / MARK).exists():
+            if (out / MARK).read_bytes() != mark:
+                other = "holds outputs of pictures of another folder"
+                raise ValueError(f"--out {out} {other}, which {MARK} in it names: name a new folder")
+        elif any(out.iterdir()):
+            raise ValueError(f"--out {out} holds other files, which could be replaced: name a new or empty folder")
+        replace_file(out / MARK, mark)
+    except OSError as error:
+        raise OSError(f"--out {out} can't be written to: {error.strerror}") from error
+
+
+def _digest(path: Path) -> str:
+    """Of the file, "" where it can't be read, which `read_picture` explains."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def _finished(out: Path, name: str, info: Mapping[str, Any], classes: Sequence[Sequence[str]]) -> dict[str, Any] | None:
+    """The annotations of an earlier run, if its files are whole and of the same picture, settings and classes."""
+    try:
+        coco = json.loads((out / f"{name}.json").read_bytes())
+        whole = all(
+            _digest(out / Path(name).parent / file) == digest for file, digest in coco["info"]["sha256"].items()
+        )
+        same = all(coco["info"][key] == value for key, value in info.items())
+        if whole and same and [entry["synonyms"] for entry in coco["categories"]] == [list(names) for names in classes]:
+            return coco
+    except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
+        pass
+    return None
+
+
+def _entry(name: str, coco: Mapping[str, Any]) -> Entry:
+    names = {str(category["id"]): category["name"] for category in coco["categories"]}
+    pixels = coco["info"]["pixels"]
+    found = [names[key] for key in sorted(pixels, key=lambda key: -pixels[key])]
+    image = coco["images"][0]
+    return Entry(
+        f"{name}_overlay.jpg",
+        name,
+        found,
+        f"{image['width']} × {image['height']}, {len(coco['annotations'])} masks",
+        {"labels": f"{name}.png", "COCO": f"{name}.json"},
+    )
+
+
+def _printable(text: str) -> str:
+    """Without what names of files may hold and no stream takes."""
+    return text.encode(errors="replace").decode()
