@@ -278,7 +278,7 @@ def test_checkpoint_loads_into_an_unpatched_tower(clip: Any, samples: list[Sampl
 def test_ctrl_c_leaves_the_checkpoint_of_the_last_step_and_the_mode(
     clip: Any, samples: list[Sample], tmp_path: Path
 ) -> None:
-    def stop(iteration: int) -> None:
+    def stop(iteration: int, _: object) -> None:
         if iteration == 2:
             raise KeyboardInterrupt
 
@@ -298,7 +298,7 @@ def weights(path: Path) -> dict[str, Tensor]:
 def test_a_checkpoint_is_written_every_so_many_iterations(clip: Any, samples: list[Sample], tmp_path: Path) -> None:
     path, towers, files = tmp_path / "tower.safetensors", [], []
 
-    def watch(iteration: int) -> None:  # called before the checkpoint of the iteration is written
+    def watch(iteration: int, _: object) -> None:  # called before the checkpoint of the iteration is written
         towers.append({name: value.clone() for name, value in clip.visual.state_dict().items()})
         files.append(weights(path))
 
@@ -321,7 +321,7 @@ def test_divergence_leaves_the_last_good_checkpoint(
             terms = super().forward(*args)
             return {**terms, "mask_aware": terms["mask_aware"] * (torch.nan if what == "loss" and good else 1)}
 
-    def spoil(iteration: int) -> None:
+    def spoil(iteration: int, _: object) -> None:
         if iteration != 3:
             return
         good.update({name: value.clone() for name, value in weights(path).items()})  # after 2 iterations
