@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,11 @@ from .classify import class_scores
 from .freezing import trainable_parameters
 from .losses import MAFTLoss, class_indices
 from .masks import check_unit_range
+
+if TYPE_CHECKING:
+    from .data import SegmentationDataset
+    from .models import Model
+    from .proposals import Proposer
 
 
 class Sample(NamedTuple):
@@ -153,6 +158,7 @@ def finetune(
     if logit_scale is None and not hasattr(clip_model, "logit_scale"):
         raise ValueError(f"{type(clip_model).__name__} has no logit_scale of its own: pass logit_scale, such as 100")
     scale = float(clip_model.logit_scale.detach().exp()) if logit_scale is None else logit_scale
+    count = len(samples)  # type: ignore[arg-type]  # torch's Dataset declares no length
     settings: dict[str, int | float | str] = {}
     saved: dict[str, Any] | None = None
     if checkpoint is not None:
@@ -163,7 +169,7 @@ def finetune(
         settings = {
             "iterations": iterations, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay,
             "freeze": freeze, "loss": f"{type(loss).__name__} {loss.kind}, {loss.distillation_weight}",
-            "logit_scale": scale, "seed": seed, "len(samples)": len(samples),
+            "logit_scale": scale, "seed": seed, "len(samples)": count,
             "accelerator.mixed_precision": str(accelerator.mixed_precision), "text": _digest({"": text}),
             "teacher": _digest(frozen if teacher_scores is None else {"": teacher_scores}),
             "clip_model": _digest(visual.state_dict()),
@@ -191,7 +197,7 @@ def finetune(
         visual.fine_tuned = True
         if checkpoint is not None and accelerator.is_main_process:
             save_mask_aware(visual, checkpoint)
-    order = drawn(len(samples), iterations * batch_size, seed)
+    order = drawn(count, iterations * batch_size, seed)
     steps = [order[i : i + batch_size] for i in range(len(history) * batch_size, len(order), batch_size)]
     batches = DataLoader(
         _Indexed(samples),
@@ -248,7 +254,7 @@ def finetune(
             # L_ma is the mean over these pairs of class and proposal, wherever they are.
             pairs = [len(labels) * len(masks) for (_, labels), masks in zip(truth, proposals, strict=True)]
             all_pairs = float(accelerator.reduce(torch.tensor(float(sum(pairs)), device=device)))
-            losses = {"mask_aware": 0.0, "self_distillation": 0.0}
+            losses = {name: torch.zeros((), device=device) for name in ("mask_aware", "self_distillation")}
             stepper.zero_grad(set_to_none=True)
             parts = torch.arange(len(indices)).tensor_split(accelerator.gradient_accumulation_steps)
             for part in map(Tensor.tolist, parts):
@@ -301,9 +307,77 @@ def finetune(
     finally:
         bar.close()
         accelerator.unwrap_model(tower, keep_fp32_wrapper=False)
+        for name in ("forward", "_is_accelerate_prepared"):  # which that leaves behind
+            vars(visual).pop(name, None)
         for module, mode in modes:
             module.training = mode
     return history
+
+
+class SegmentationSamples(Dataset[Sample]):
+    """The samples that a data set gives: pictures resized to a square, with proposals, and labels of some classes.
+
+    Whole pictures are resized, as `maft_adapter.pictures.prepare` does, so that a sample is always the same; masks and
+    labels take the nearest pixel.
+
+    Args:
+        dataset: from `maft_adapter.data.open_dataset`.
+        model: whose mean, standard deviation and patch images are prepared for.
+        classes: indices of the data set's classes to train on, in the order of the text classifier; pixels of others
+            are ignored.
+        propose: makes the proposals, such as `maft_adapter.proposals.Kept`; None for none.
+        ground_truth_masks: add the region of each of these classes as a proposal.
+        size: side of the square in pixels, made the nearest multiple of the model's patch; None for the model's own.
+
+    Raises:
+        ValueError: neither proposals nor ground-truth masks.
+
+    Example:
+        >>> from maft_adapter.data import open_dataset
+        >>> from maft_adapter.models import load_model
+        >>> dataset = open_dataset("shapes", split="train")
+        >>> samples = SegmentationSamples(dataset, load_model(), dataset.seen, ground_truth_masks=True)
+        >>> samples[0].image.shape, samples[0].masks.dtype
+        (torch.Size([3, 96, 96]), torch.bool)
+    """
+
+    def __init__(
+        self,
+        dataset: SegmentationDataset,
+        model: Model,
+        classes: Sequence[int],
+        propose: Proposer | None = None,
+        ground_truth_masks: bool = False,
+        size: int | None = None,
+    ) -> None:
+        if propose is None and not ground_truth_masks:
+            raise ValueError("no masks to train with: give propose, ground_truth_masks, or both")
+        self.dataset, self.propose, self.ground_truth_masks = dataset, propose, ground_truth_masks
+        self._mean, self._std, self._multiple = model.mean, model.std, model.multiple
+        self._size = model.size if size is None else size
+        self._row = torch.full((65536,), -1)  # of the text classifier, by label
+        self._row[list(classes)] = torch.arange(len(classes))
+        self._classes = len(classes)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        from .pictures import prepare, read_picture
+
+        item = self.dataset[index]
+        picture = read_picture(item.picture)  # (H, W, 3)
+        image = prepare(picture, self._mean, self._std, self._size, multiple=self._multiple)  # (3, h, w)
+        rows, columns = (
+            torch.div((2 * torch.arange(side) + 1) * full, 2 * side, rounding_mode="floor")
+            for side, full in zip(image.shape[1:], picture.shape[:2], strict=True)
+        )
+        labels = self._row[torch.from_numpy(item.labels.astype("int64"))[rows][:, columns]]  # (h, w)
+        masks = [ground_truth(labels, self._classes)[0]] if self.ground_truth_masks else []  # (K, h, w)
+        if self.propose is not None:
+            found = torch.from_numpy(self.propose(picture, item.name).masks)[:, rows][:, :, columns]  # (N, h, w)
+            masks.insert(0, found)
+        return Sample(image, torch.cat([mask.to(masks[0].dtype) for mask in masks]), labels)
 
 
 def ground_truth(label_map: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -380,7 +454,7 @@ class _Alone:
 
     process_index, num_processes, is_main_process = 0, 1, True
     gradient_accumulation_steps, mixed_precision, scaler, device = 1, "no", None, None
-    autocast = staticmethod(nullcontext)
+    autocast = no_sync = staticmethod(nullcontext)
     backward = staticmethod(Tensor.backward)
     clip_grad_norm_ = staticmethod(torch.nn.utils.clip_grad_norm_)
 
@@ -398,7 +472,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
