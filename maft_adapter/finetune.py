@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -145,7 +145,7 @@ def finetune(
     visual = _tower(clip_model, "clip_model")
     loss = MAFTLoss() if loss is None else loss
     distil = loss.distillation_weight > 0
-    accelerator = _Alone() if accelerator is None else accelerator
+    accelerator = cast(Any, _Alone()) if accelerator is None else accelerator
     _check(
         visual, samples, text,
         iterations=iterations, batch_size=batch_size, checkpoint_every=checkpoint_every, lr=lr,
@@ -454,7 +454,7 @@ class _Alone:
 
     process_index, num_processes, is_main_process = 0, 1, True
     gradient_accumulation_steps, mixed_precision, scaler, device = 1, "no", None, None
-    autocast = no_sync = staticmethod(nullcontext)
+    autocast = staticmethod(nullcontext)
     backward = staticmethod(Tensor.backward)
     clip_grad_norm_ = staticmethod(torch.nn.utils.clip_grad_norm_)
 
