@@ -124,7 +124,10 @@ def test_a_folder_with_something_else_is_left_alone(
     (other / "tower.safetensors").write_bytes(b"mine")
     assert run(other, *given) == 1
     assert "holds other files" in capsys.readouterr().err and (other / "tower.safetensors").read_bytes() == b"mine"
-    assert run(out, *given, "--iterations", "1", "--resume") == 0  # nothing there yet
+    assert run(out, *given, "--freeze", "most") == 1  # which leaves nothing that the next run could harm
+    assert run(out, *given, "--iterations", "1", "--resume", "--tensorboard") == 0
+    assert list((out / "tensorboard").iterdir())
+    capsys.readouterr()
     before = (out / "tower.safetensors").read_bytes()
     assert run(out, *given, "--iterations", "1") == 1
     assert "--resume goes on with it" in capsys.readouterr().err

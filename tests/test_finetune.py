@@ -274,6 +274,21 @@ def test_adapters_train_where_they_are(clip: Any, samples: list[Sample]) -> None
     assert len(changed) == 48 and all(".lora_" in name for name in changed)
 
 
+def test_adapters_that_were_stopped_go_on(clip: Any, samples: list[Sample], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft, of the extra test, is not installed")
+    peft.get_peft_model(clip.visual, peft.LoraConfig(r=2, lora_dropout=0.5, target_modules=["c_fc", "c_proj"]))
+    whole, again = copy.deepcopy(clip), copy.deepcopy(clip)
+    expected = run(whole, samples, freeze="as_is", iterations=4)
+    with pytest.raises(KeyboardInterrupt):
+        run(clip, samples, freeze="as_is", iterations=4, state=tmp_path / "state.pt", on_iteration=stop_at(2))
+    assert run(again, samples, freeze="as_is", iterations=4, state=tmp_path / "state.pt") == expected
+    assert same(again, whole)
+    again = copy.deepcopy(create())
+    peft.get_peft_model(again.visual, peft.LoraConfig(r=2, target_modules=["c_fc"]))
+    with pytest.raises(ValueError, match="clip_model"):
+        run(again, samples, freeze="as_is", iterations=4, state=tmp_path / "state.pt")
+
+
 def test_checkpoint_loads_into_an_unpatched_tower(clip: Any, samples: list[Sample], tmp_path: Path) -> None:
     path = tmp_path / "tower.safetensors"
     run(clip, samples, checkpoint=path)

@@ -232,7 +232,7 @@ def _claim(out: Path, settings: dict[str, Any], resume: bool) -> None:
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / _SETTINGS
-    if path.exists():
+    if (out / _LOG).exists() and path.exists():  # otherwise no iteration was finished
         before = json.loads(path.read_bytes())
         if not resume:
             raise ValueError(f"--out {out} holds a run: --resume goes on with it, or name a new folder")
@@ -240,7 +240,7 @@ def _claim(out: Path, settings: dict[str, Any], resume: bool) -> None:
         if differ:
             values = ", ".join(f"{name} (there {before.get(name)}, here {settings[name]})" for name in differ)
             raise ValueError(f"--out {out} holds a run with other settings: {values}; give the same, or a new folder")
-    elif any(file.name != _KEPT for file in out.iterdir()):
+    elif any(file.name not in (_KEPT, _SETTINGS) for file in out.iterdir()):
         raise ValueError(f"--out {out} holds other files, which could be replaced: name a new or empty folder")
     else:
         replace_file(path, (json.dumps(settings, indent=1) + "\n").encode())
