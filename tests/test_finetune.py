@@ -3,14 +3,23 @@
 import copy
 import inspect
 import math
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import normalize
 from zoo import DIM, embedding, mask_aware_tower, plain_tower, random_images, random_masks
 
@@ -265,6 +274,21 @@ def test_adapters_train_where_they_are(clip: Any, samples: list[Sample]) -> None
     assert len(changed) == 48 and all(".lora_" in name for name in changed)
 
 
+def test_adapters_that_were_stopped_go_on(clip: Any, samples: list[Sample], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft, of the extra test, is not installed")
+    peft.get_peft_model(clip.visual, peft.LoraConfig(r=2, lora_dropout=0.5, target_modules=["c_fc", "c_proj"]))
+    whole, again = copy.deepcopy(clip), copy.deepcopy(clip)
+    expected = run(whole, samples, freeze="as_is", iterations=4)
+    with pytest.raises(KeyboardInterrupt):
+        run(clip, samples, freeze="as_is", iterations=4, state=tmp_path / "state.pt", on_iteration=stop_at(2))
+    assert run(again, samples, freeze="as_is", iterations=4, state=tmp_path / "state.pt") == expected
+    assert same(again, whole)
+    again = copy.deepcopy(create())
+    peft.get_peft_model(again.visual, peft.LoraConfig(r=2, target_modules=["c_fc"]))
+    with pytest.raises(ValueError, match="clip_model"):
+        run(again, samples, freeze="as_is", iterations=4, state=tmp_path / "state.pt")
+
+
 def test_checkpoint_loads_into_an_unpatched_tower(clip: Any, samples: list[Sample], tmp_path: Path) -> None:
     path = tmp_path / "tower.safetensors"
     run(clip, samples, checkpoint=path)
@@ -278,7 +302,7 @@ def test_checkpoint_loads_into_an_unpatched_tower(clip: Any, samples: list[Sampl
 def test_ctrl_c_leaves_the_checkpoint_of_the_last_step_and_the_mode(
     clip: Any, samples: list[Sample], tmp_path: Path
 ) -> None:
-    def stop(iteration: int) -> None:
+    def stop(iteration: int, _: object) -> None:
         if iteration == 2:
             raise KeyboardInterrupt
 
@@ -298,7 +322,7 @@ def weights(path: Path) -> dict[str, Tensor]:
 def test_a_checkpoint_is_written_every_so_many_iterations(clip: Any, samples: list[Sample], tmp_path: Path) -> None:
     path, towers, files = tmp_path / "tower.safetensors", [], []
 
-    def watch(iteration: int) -> None:  # called before the checkpoint of the iteration is written
+    def watch(iteration: int, _: object) -> None:  # called before the checkpoint of the iteration is written
         towers.append({name: value.clone() for name, value in clip.visual.state_dict().items()})
         files.append(weights(path))
 
@@ -321,7 +345,7 @@ def test_divergence_leaves_the_last_good_checkpoint(
             terms = super().forward(*args)
             return {**terms, "mask_aware": terms["mask_aware"] * (torch.nan if what == "loss" and good else 1)}
 
-    def spoil(iteration: int) -> None:
+    def spoil(iteration: int, _: object) -> None:
         if iteration != 3:
             return
         good.update({name: value.clone() for name, value in weights(path).items()})  # after 2 iterations
@@ -463,3 +487,189 @@ def test_every_step_has_the_released_decay_and_clipping(
     run(clip, samples, iterations=4, lr=1e-3)
     assert [lr for lr, _ in steps] == pytest.approx([1e-3 * (1 - i / 4) ** 0.9 for i in range(4)])
     assert max(norm for _, norm in steps) == pytest.approx(0.01, rel=1e-3)
+
+
+def same(a: Any, b: Any) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def stop_at(number: int) -> Any:
+    def stop(iteration: int, _: object) -> None:
+        if iteration == number:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+@pytest.mark.parametrize("freeze", ["paper", "released"])
+def test_a_stopped_run_goes_on_to_the_same_bits(freeze: str, clip: Any, samples: list[Sample], tmp_path: Path) -> None:
+    whole, again = copy.deepcopy(clip), copy.deepcopy(clip)
+    options: dict[str, Any] = {"iterations": 6, "freeze": freeze}
+    expected = run(whole, samples, **options)
+    options |= {"state": tmp_path / "state.pt", "checkpoint": tmp_path / "tower.safetensors"}
+    with pytest.raises(KeyboardInterrupt):
+        run(clip, samples, **options, on_iteration=stop_at(3))
+    calls: list[int] = []
+    assert run(again, samples, **options, on_iteration=lambda n, _: calls.append(n)) == expected
+    assert calls == [4, 5, 6] and same(again, whole)
+    third = create()
+    assert (
+        run(third, samples, **options, on_iteration=lambda n, _: calls.append(n)) == expected
+    )  # nothing is left to do
+    assert calls == [4, 5, 6] and same(third, whole)
+    with pytest.raises(ValueError, match="fine-tuned before"):  # whose copy is no frozen teacher
+        run(third, samples, **options)
+
+
+def test_a_state_of_other_arguments_is_refused_by_name(clip: Any, samples: list[Sample], tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    run(copy.deepcopy(clip), samples, state=path)
+    before, content = copy.deepcopy(clip.state_dict()), path.read_bytes()
+    for options, name in (
+        ({"lr": 1e-4}, "lr"),
+        ({"seed": 4}, "seed"),
+        ({"loss": MAFTLoss(distillation_weight=0.5)}, "loss"),
+        ({"teacher_scores": torch.full((3, 4), 0.25)}, "teacher"),
+    ):
+        with pytest.raises(ValueError, match=rf"other arguments: {name} \(there"):
+            run(clip, samples, state=path, **options)
+    with pytest.raises(ValueError, match=r"len\(samples\) \(there 3, here 2\)"):
+        run(clip, samples[:2], state=path)
+    assert all(torch.equal(before[name], value) for name, value in clip.state_dict().items())
+    other = create()
+    with torch.no_grad():
+        other.visual.proj.add_(1)
+    with pytest.raises(ValueError, match=r"teacher .*clip_model"):
+        run(other, samples, state=path)
+    assert path.read_bytes() == content
+    path.write_bytes(content[:1000])
+    with pytest.raises(ValueError, match="is damaged"):
+        run(clip, samples, state=path)
+
+
+KILLED = """
+import sys
+sys.path[:0] = ["tests"]
+from test_finetune import *
+import time
+def watch(iteration, _):
+    print(iteration, flush=True)
+clip = create()
+generator = torch.Generator().manual_seed(1)
+samples = [Sample(torch.randn(3, 32, 32, generator=generator), torch.rand(3, 32, 32, generator=generator) > 0.5,
+                  torch.full((32, 32), k)) for k in range(4)]
+finetune(clip, samples, TEXT, iterations=12, batch_size=2, lr=1e-3, progress=False, on_iteration=watch,
+         checkpoint_every=2, checkpoint=sys.argv[1] + "/tower.safetensors", state=sys.argv[1] + "/state.pt")
+"""
+
+
+def test_sigkill_at_any_moment_ends_in_the_same_bits(tmp_path: Path) -> None:
+    def start(folder: str) -> subprocess.Popen[str]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        root = Path(__file__).parents[1]
+        command = [sys.executable, "-c", KILLED, str(tmp_path / folder)]
+        environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root, env=environment)
+
+    assert start("whole").wait() == 0
+    chance = random.Random(0)
+    for _ in range(int(os.environ.get("MAFT_KILLS", "3"))):
+        child = start("killed")
+        assert child.stdout is not None
+        for _ in range(chance.randint(1, 4)):  # iterations, and then somewhere in a step or a save
+            child.stdout.readline()
+        time.sleep(chance.random() * 0.05)
+        child.kill()
+        child.wait()
+        for file in (tmp_path / "killed").glob("tower.safetensors"):
+            assert load_file(file)  # whole at any time
+    assert start("killed").wait() == 0
+    ends = [load_file(tmp_path / folder / "tower.safetensors") for folder in ("whole", "killed")]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def parallel(rank: int, port: int, folder: str) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    assert accelerator.num_processes == 2
+    clip = create()
+    history = finetune(
+        clip, ragged(), TEXT, iterations=1, batch_size=5, lr=1e-3, progress=False, accelerator=accelerator,
+        checkpoint=f"{folder}/tower.safetensors",
+    )  # fmt: skip
+    gradients = {name: p.grad for name, p in clip.visual.named_parameters() if p.grad is not None}
+    torch.save((gradients, history), f"{folder}/{rank}.pt")
+
+
+def ragged() -> list[Sample]:
+    """Different numbers of proposals and of classes, none in one: a mean of processes' means would be wrong."""
+    generator = torch.Generator().manual_seed(5)
+    samples = []
+    for k, proposals in enumerate((1, 6, 2, 4, 3)):
+        labels = torch.full((32, 32), 255)
+        for label in range(k):
+            labels[8 * label : 8 * label + 8] = label
+        masks = torch.rand(proposals, 32, 32, generator=generator) > 0.5
+        samples.append(Sample(torch.randn(3, 32, 32, generator=generator), masks, labels))
+    return samples
+
+
+def test_two_processes_take_the_gradients_of_one(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn(parallel, (port, str(tmp_path)), nprocs=2)
+    clip = create()
+    history = finetune(clip, ragged(), TEXT, iterations=1, batch_size=5, lr=1e-3, progress=False)
+    for rank in range(2):
+        gradients, losses = torch.load(tmp_path / f"{rank}.pt")
+        assert losses[0] == pytest.approx(history[0], rel=1e-5, abs=1e-9)
+        assert len(gradients) > 100
+        for name, parameter in clip.visual.named_parameters():
+            if parameter.grad is not None:
+                torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=2e-7, msg=name)
+    assert (tmp_path / "tower.safetensors").exists()
+
+
+def test_bfloat16_stays_near_float32_and_leaves_the_tower_as_it_was(clip: Any, samples: list[Sample]) -> None:
+    low = copy.deepcopy(clip)
+    keys = set(vars(low.visual))
+    before = copy.deepcopy(clip.visual.state_dict())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        history = run(low, samples, accelerator=accelerate.Accelerator(cpu=True, mixed_precision="bf16"))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    for a, b in zip(run(clip, samples), history, strict=True):
+        assert a != b and a == pytest.approx(b, abs=0.02)
+    assert history[0]["self_distillation"] == pytest.approx(0, abs=1e-9)  # the teacher computes in bfloat16, too
+    assert {parameter.dtype for parameter in low.parameters()} == {torch.float32}
+    assert set(vars(low.visual)) <= keys | {"fine_tuned"}
+    steps = [
+        torch.cat([(model.visual.state_dict()[name] - value).flatten() for name, value in before.items()])
+        for model in (clip, low)
+    ]
+    assert torch.cosine_similarity(steps[0], steps[1], dim=0) > 0.8
+    copy.deepcopy(low.visual)(samples[0].image[None])
+
+
+def test_a_batch_in_parts_and_gradient_checkpointing_change_rounding_only(clip: Any, samples: list[Sample]) -> None:
+    parts, checkpointed = copy.deepcopy(clip), copy.deepcopy(clip)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    expected = run(clip, ragged(), batch_size=5, iterations=1)
+    checkpointed.visual.set_grad_checkpointing(True)
+    assert run(parts, ragged(), batch_size=5, iterations=1, accelerator=accelerator)[0] == pytest.approx(expected[0])
+    assert run(checkpointed, ragged(), batch_size=5, iterations=1)[0] == pytest.approx(expected[0])
+    for other in (parts, checkpointed):
+        for a, b in zip(clip.visual.parameters(), other.visual.parameters(), strict=True):
+            if a.grad is not None:
+                assert b.grad is not None
+                torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=2e-7)
+    with pytest.raises(ValueError, match=r"batch_size is 1, too small .*at least 2"):
+        run(parts, samples, batch_size=1, accelerator=accelerator, loss=MAFTLoss(distillation_weight=0))

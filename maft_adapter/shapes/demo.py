@@ -237,7 +237,7 @@ def run_seed(seed: int, scenes: Sequence[Example], recipe: Recipe, clip: Any) ->
         curve: dict[str, list[float]] = {"iterations": [], "miou_seen": [], "miou_unseen": []}
         _extend(curve, 0, untuned.evaluation)
 
-        def watch(done: int, encode: Encode = encode, curve: dict[str, list[float]] = curve) -> None:
+        def watch(done: int, _: object, encode: Encode = encode, curve: dict[str, list[float]] = curve) -> None:
             if done % recipe.curve_every == 0 and done < recipe.iterations:
                 _extend(curve, done, score(encode, f"after {done} iterations"))
 

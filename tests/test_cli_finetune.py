@@ -1,0 +1,185 @@
+"""`maft-adapter finetune`: from a data set on disk to a tower, resumed, with a log; few steps on the embedded CLIP."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+
+from maft_adapter import cli
+from maft_adapter.data import datasets, open_dataset
+from maft_adapter.finetune import SegmentationSamples, finetune
+from maft_adapter.models import load_model
+from maft_adapter.proposals.merging import Superpixels
+from maft_adapter.shapes import load_clip, render_scene
+from maft_adapter.shapes.demo import RECIPE, finetuning_samples, image_scores, prepare
+
+
+@pytest.fixture(autouse=True)
+def one_accelerator_each() -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Scenes of the embedded world as a folder of pictures, with two classes that its names call sky and ball."""
+    root = tmp_path / "tree"
+    for split in ("train", "val"):
+        for i in range(3):
+            scene = render_scene((7, split == "val", i))
+            picture, labels = (root / kind / split / f"{i}.png" for kind in ("images", "labels"))
+            for path, values in ((picture, scene.image), (labels, scene.labels.astype(np.uint8))):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(values).save(path)
+    names = open_dataset("shapes").class_names
+    (root / "classes.txt").write_text("\n".join(name for (name,) in names))
+    return root
+
+
+def run(out: Path, *arguments: str) -> int:
+    shared = ["--cpu", "--workers", "0", "--iterations", "4", "--batch-size", "2", "--lr", "1e-3"]
+    return cli.main(["finetune", *shared, "--out", str(out), *arguments])
+
+
+def log(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_shapes_trains_as_the_demo_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(datasets._SCENES, "train", 4)
+    out = tmp_path / "out"
+    assert (
+        cli.main(["finetune", "--data", "shapes", "--iterations", "2", "--cpu", "--workers", "0", "--out", str(out)])
+        == 0
+    )
+    settings = json.loads((out / "settings.json").read_text())
+    assert (settings["lr"], settings["batch_size"]) == (RECIPE.lr, RECIPE.batch_size)
+
+    from maft_adapter import make_mask_aware
+    from maft_adapter.classify import text_classifier
+    from maft_adapter.shapes import SEEN, tokenize
+    from maft_adapter.shapes.demo import TEMPLATES
+
+    clip = load_clip()
+    make_mask_aware(clip.visual, RECIPE.start_layer)
+    samples = finetuning_samples(prepare(0, "fine-tuning", 4, RECIPE.min_contrast))
+    text = text_classifier(clip, tokenize, SEEN, TEMPLATES)
+    scale = float(clip.logit_scale.detach().exp())
+    finetune(
+        clip, samples, text, iterations=2, lr=RECIPE.lr, teacher_scores=image_scores(clip, samples, text, scale),
+        progress=False,
+    )  # fmt: skip
+    tower = load_file(out / "tower.safetensors")
+    assert all(torch.equal(tower[name], value) for name, value in clip.visual.state_dict().items())
+
+
+@pytest.mark.parametrize("proposals", ["superpixels", "ground-truth", "superpixels+ground-truth"])
+def test_a_folder_of_pictures_stopped_and_resumed(proposals: str, tree: Path, tmp_path: Path) -> None:
+    given = ["--data", "folder", "--root", str(tree), "--proposals", proposals, "--checkpoint-every", "2"]
+    given += ["--validate-every", "2", "--validate-on", "2"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run(whole, *given) == 0
+    assert {file.name for file in whole.iterdir()} >= {"tower.safetensors", "best.safetensors", "state.pt", "log.jsonl"}
+    entries = log(whole)
+    assert [entry["iteration"] for entry in entries] == [1, 2, 3, 4]
+    assert [0 < entry["miou"] <= 100 for entry in entries if "miou" in entry] == [True, True]
+
+    with pytest.MonkeyPatch.context() as patch:
+        add = cli.finetune._Log.add
+
+        def stop(self: Any, entry: dict[str, float]) -> bool:
+            if entry["iteration"] == 3:
+                raise KeyboardInterrupt
+            return add(self, entry)
+
+        patch.setattr(cli.finetune._Log, "add", stop)
+        assert run(stopped, *given) == 130
+    with (stopped / "log.jsonl").open("a") as file:
+        file.write('{"iteration": 4, "mask_aware": 9}\n{"iterat')  # of what is done again, and cut off
+    assert run(stopped, *given, "--resume") == 0
+    for name in ("tower.safetensors", "best.safetensors"):
+        a, b = load_file(whole / name), load_file(stopped / name)
+        assert all(torch.equal(value, b[key]) for key, value in a.items()), name
+    drop = ("seconds",)
+    by_iteration = {entry["iteration"]: entry for entry in log(stopped)}
+    for entry in entries:
+        if entry["iteration"] != 3:  # whose line the stop kept from being written
+            assert all(by_iteration[entry["iteration"]][key] == entry[key] for key in entry if key not in drop)
+
+
+def test_a_folder_with_something_else_is_left_alone(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--data", "folder", "--root", str(tree), "--proposals", "ground-truth"]
+    other, out = tmp_path / "other", tmp_path / "out"
+    other.mkdir()
+    (other / "tower.safetensors").write_bytes(b"mine")
+    assert run(other, *given) == 1
+    assert "holds other files" in capsys.readouterr().err and (other / "tower.safetensors").read_bytes() == b"mine"
+    assert run(out, *given, "--freeze", "most") == 1  # which leaves nothing that the next run could harm
+    assert run(out, *given, "--iterations", "1", "--resume", "--tensorboard") == 0
+    assert list((out / "tensorboard").iterdir())
+    capsys.readouterr()
+    before = (out / "tower.safetensors").read_bytes()
+    assert run(out, *given, "--iterations", "1") == 1
+    assert "--resume goes on with it" in capsys.readouterr().err
+    assert run(out, *given, "--resume", "--seed", "1", "--iterations", "1") == 1
+    assert "seed (there 0, here 1)" in capsys.readouterr().err
+    assert (out / "tower.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "shapes", "--setting", "all", "--freeze", "most"], "unknown freeze 'most'"),
+        (["--data", "nothing"], "unknown data set 'nothing'"),
+        (["--data", "shapes", "--proposals", "magic"], "proposals are 'magic'"),
+        (["--data", "shapes", "--model", "ViT-B-32"], "has no weights yet"),
+    ],
+)
+def test_wrong_arguments_exit_with_1_and_say_why(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(datasets._SCENES, "train", 2)
+    assert run(tmp_path / "out", *arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_data_sets_without_a_recipe_or_a_split_say_so(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["finetune", "--data", "folder", "--root", str(tree), "--out", str(tmp_path / "out")]
+    assert cli.main(given) == 1
+    assert "names no iterations for folder: give --iterations" in capsys.readouterr().err
+    assert cli.main([*given, "--iterations", "1", "--setting", "zero-shot"]) == 1
+    assert "folder has no unseen classes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_ignore_unseen_classes_and_keep_masks_on_their_pixels() -> None:
+    dataset = open_dataset("shapes", split="train")
+    model = load_model()
+    sample = SegmentationSamples(dataset, model, dataset.seen, Superpixels(), ground_truth_masks=True, size=48)[0]
+    item = dataset[0]
+    assert isinstance(item.picture, np.ndarray)
+    labels = item.labels[1::2, 1::2]  # the nearest pixel of half the size
+    wanted = np.full(labels.shape, -1)
+    for row, k in enumerate(dataset.seen):
+        wanted[labels == k] = row
+    assert sample.labels.tolist() == wanted.tolist()
+    expected = [*Superpixels()(item.picture).masks[:, 1::2, 1::2], *(wanted == k for k in np.unique(wanted) if k >= 0)]
+    assert np.array_equal(sample.masks.numpy(), np.stack(expected))
+    with pytest.raises(ValueError, match="no masks to train with"):
+        SegmentationSamples(dataset, model, dataset.seen)
