@@ -367,7 +367,12 @@ def _report(metrics: Mapping[str, Any]) -> str:
     rows.append(("absent classes as IoU 0", "", metrics["absent_as_zero"]))
     rows += [(row["method"], row["source"], row) for row in metrics["published"]]
     width = max(len(title) for title, _, _ in rows)
-    lines = [f"{settings['data']}, {settings['names']} names, {settings['encoder']}: {settings['model'] or 'no model'}"]
+    ensemble = "" if settings["ensemble"] is None else f", ensemble {settings['ensemble']} {settings['ensemble_form']}"
+    lines = [
+        f"{settings['data']}, {settings['names']} names, {settings['pictures']} pictures",
+        f"{settings['encoder']}: {settings['model'] or 'no model'}{ensemble}",
+        settings["proposals"],
+    ]
     for title, source, values in rows:
         cells = (values.get(key) for key in _HEADINGS)
         texts = ("-" if cell is None else cell if isinstance(cell, str) else f"{cell:.1f}" for cell in cells)
