@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -263,7 +263,7 @@ class Records:
         ...     records.add("1-of-2", 0, Result(torch.zeros(2, 2), counts, counts))
         ...     records.add("2-of-2", 1, "its file is damaged")
         ...     pixels, masks = records.read()
-        ...     pixels[0].to_dense().tolist(), records.failed
+        ...     records.summed(pixels.values()).tolist(), records.failed
         ([[3, 1], [0, 0]], {1: 'its file is damaged'})
     """
 
@@ -288,8 +288,9 @@ class Records:
             record["failed"] = result
         else:
             for name in ("pixels", "masks"):
-                counts = getattr(result, name).to_sparse()  # (C + 1, C + 1)
-                record[name] = [*counts.indices().tolist(), counts.values().tolist()]  # rows, columns, counts
+                counts = getattr(result, name)  # (C + 1, C + 1)
+                rows, columns = counts.nonzero().T  # (R,) each
+                record[name] = torch.stack([rows, columns, counts[rows, columns]]).tolist()
         path = self.folder / f"pictures.{part}.jsonl"
         line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
         if path not in self._begun:  # what a killed process left of a line stays a line
@@ -302,7 +303,8 @@ class Records:
         """All that was kept by any process, and why pictures failed, as `failed`.
 
         Returns:
-            The counts of pixels and those of masks, by the picture's index: (C + 1, C + 1) int64, sparse.
+            The counts of pixels and those of masks, by the picture's index: (3, R) int64, what is not 0 in the (C + 1,
+            C + 1) of `Result`, its row, column and number. `summed` makes matrices of them.
 
         Raises:
             OSError: a file can't be read.
@@ -319,14 +321,16 @@ class Records:
                 if "failed" in record:
                     self.failed[record["picture"]] = record["failed"]
                 else:
-                    for kept, name in ((pixels, "pixels"), (masks, "masks")):
-                        *at, values = torch.tensor(record[name], dtype=torch.int64)  # (R,) each
-                        size = (self.classes + 1, self.classes + 1)
-                        kept[record["picture"]] = torch.sparse_coo_tensor(
-                            torch.stack(at), values, size, check_invariants=True
-                        )
+                    pixels[record["picture"]] = torch.tensor(record["pixels"], dtype=torch.int64)
+                    masks[record["picture"]] = torch.tensor(record["masks"], dtype=torch.int64)
         self.failed = {index: reason for index, reason in self.failed.items() if index not in pixels}
         return pixels, masks
+
+    def summed(self, counts: Iterable[Tensor]) -> Tensor:
+        """The sum over pictures of what `read` gives, (C + 1, C + 1) int64."""
+        rows, columns, values = torch.cat([torch.empty(3, 0, dtype=torch.int64), *counts], 1)  # (R,) each
+        total = torch.zeros(self.classes + 1, self.classes + 1, dtype=torch.int64)
+        return total.index_put_((rows, columns), values, accumulate=True)
 
 
 class Published(NamedTuple):

@@ -149,7 +149,8 @@ def _check(arguments: argparse.Namespace) -> None:
         ),
     }.get(arguments.encoder, ("checkpoint", "start_layer", "size", "keep_aspect"))
     for name in ineffective:
-        if getattr(arguments, name):
+        value = getattr(arguments, name)
+        if value is not None and value is not False:  # 0 has been given, too
             option = "--" + name.replace("_", "-")
             why = "has no CLIP" if arguments.encoder == _UPPER_BOUND else "is the frozen CLIP on sub-images"
             arguments.error(f"{option}: --encoder {arguments.encoder} {why}, leave it out")
@@ -160,6 +161,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from ..data import open_dataset
     from ..evaluate import Evaluator, Records
+    from ..metrics import evaluation_scores
     from ..proposals import Kept, proposer
 
     out: Path = arguments.out
@@ -207,10 +209,15 @@ def _run(arguments: argparse.Namespace) -> int:
         return 1 if records.failed else 0
     if not pixels:
         raise ValueError(f"all {pictures} pictures failed")
-    metrics, table = _summary(settings, evaluator, pixels, masks, list(records.failed.values()))
+    sums = records.summed(pixels.values()), records.summed(masks.values())  # (C + 1, C + 1) each
+    failed = [records.failed[index] for index in sorted(records.failed)]
+    metrics, table = _summary(settings, evaluator, *sums, len(pixels), failed)
     replace_file(out / "metrics.json", (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
     replace_file(out / "per_class.csv", table.encode())
-    page = _worst(evaluator, pixels, arguments.worst)
+    scores = {
+        index: evaluation_scores(records.summed([counts]))["miou"] for index, counts in pixels.items() if counts.numel()
+    }
+    page = _worst(evaluator, scores, arguments.worst)
     replace_file(out / "worst.html", page.encode(errors="replace"))
     print(_printable(_report(metrics)))
     print(f"{len(pixels)} pictures evaluated, {len(records.failed)} failed: {out / 'metrics.json'}")
@@ -291,20 +298,13 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
 
 
 def _summary(
-    settings: dict[str, Any], evaluator: Evaluator, pixels: Mapping[int, Tensor], masks: Mapping[int, Tensor],
+    settings: dict[str, Any], evaluator: Evaluator, of_pixels: Tensor, of_masks: Tensor, pictures: int,
     failed: list[str],
 ) -> tuple[dict[str, Any], str]:  # fmt: skip
     """What metrics.json and per_class.csv hold."""
-    import torch
-
     from ..evaluate import PUBLISHED, figures
     from ..metrics import evaluation_scores
 
-    size = len(evaluator.dataset.class_names) + 1
-    of_pixels, of_masks = torch.zeros(2, size, size, dtype=torch.int64)  # (C + 1, C + 1) each
-    for index in pixels:
-        of_pixels += pixels[index]
-        of_masks += masks[index]
     seven, as_zero = (
         {key: _number(value) for key, value in figures(of_pixels, of_masks, evaluator.unseen, absent).items()}
         for absent in ("ignore", "zero")
@@ -312,7 +312,7 @@ def _summary(
     metrics = {
         **seven,
         "absent_as_zero": {key: as_zero[key] for key in ("miou", "miou_seen", "miou_unseen", "hiou")},
-        "pictures": len(pixels),
+        "pictures": pictures,
         "failed": failed,
         "conventions": _CONVENTIONS,
         "settings": settings,
@@ -320,7 +320,7 @@ def _summary(
     }
 
     ignored, zero = (evaluation_scores(of_pixels, absent=absent) for absent in ("ignore", "zero"))
-    accuracy = evaluation_scores(of_masks)["accuracy"] if of_masks.any() else [math.nan] * (size - 1)
+    accuracy = evaluation_scores(of_masks)["accuracy"] if of_masks.any() else [math.nan] * len(of_masks)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
@@ -336,17 +336,14 @@ def _summary(
     return metrics, text.getvalue()
 
 
-def _worst(evaluator: Evaluator, pixels: Mapping[int, Tensor], count: int) -> str:
-    """A page of the pictures with the lowest mIoU of the classes in their ground truth."""
+def _worst(evaluator: Evaluator, scores: Mapping[int, float], count: int) -> str:
+    """A page of the pictures with the lowest scores: their mIoU of the classes in their ground truth."""
     import base64
 
     from ..contact_sheet import Entry, contact_sheet
-    from ..metrics import evaluation_scores
     from ..pictures import read_picture
     from ..show import label_maps
 
-    dense = ((index, counts.to_dense()) for index, counts in pixels.items())
-    scores = {index: evaluation_scores(counts)["miou"] for index, counts in dense if counts.any()}
     dataset, entries = evaluator.dataset, []
     names = [names[0] for names in dataset.class_names]
     for index in sorted(scores, key=lambda index: (scores[index], index))[:count]:
