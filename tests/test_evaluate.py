@@ -174,6 +174,20 @@ def test_nothing_proposed_is_nothing_found(items: list[Item], model: Model, text
         assert result.pixels[:, C].sum() == 96 * 96
 
 
+def test_soft_masks_vote_by_their_weight(items: list[Item], model: Model, text: Tensor) -> None:
+    rng = np.random.default_rng(0)
+    masks = rng.random((3, 96, 96)).astype(np.float32)
+    masks[:, 0, 0] = 0
+    scorer = mask_aware_scorer(model, text)
+    result = Evaluator(SHAPES, Known({items[0].name: Proposals(masks)}), scorer)(items[0])
+    scores = scorer(np.asarray(items[0].picture), torch.from_numpy(masks))[0].numpy()
+    votes = np.einsum("nc,nhw->chw", scores, masks)
+    agree = result.prediction.numpy() == np.where(votes.max(0) > 0, votes.argmax(0), 255)
+    assert agree[0, 0] and agree.mean() > 0.999
+    binary = Evaluator(SHAPES, Known({items[0].name: Proposals(masks > 0.5)}), scorer)(items[0])
+    np.testing.assert_array_equal(result.masks, binary.masks)  # ground-truth masks stay what they are
+
+
 def test_a_mask_without_a_patch_is_missed(items: list[Item], known: Known, model: Model, text: Tensor) -> None:
     labels = items[0].labels.copy()
     labels[0, 0] = new = min(set(range(C)) - set(labels.ravel().tolist()))
