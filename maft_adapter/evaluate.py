@@ -22,7 +22,7 @@ from .losses import mask_iou
 from .metrics import confusion_matrix, evaluation_scores
 from .models import Model, image_tower
 from .pictures import prepare, read_picture
-from .proposals import Proposer, check_proposals
+from .proposals import Proposals, Proposer, check_proposals
 
 __all__ = [
     "FIGURES",
@@ -117,7 +117,7 @@ class Evaluator:
 
     Args:
         dataset: whose pictures, classes and split into seen and unseen classes these are.
-        proposals: what makes the masks.
+        proposals: what makes the masks; None for the ground truth's own, one for each class that is there.
         scorer: what gives A^c, such as `mask_aware_scorer`. None for the paper's upper bound (Table 7): the IoU with
             the ground truth (S_IoU) stands in place of A^c.
         weight: lambda of the ensemble with A^p (Eq. 9); None for A^c alone.
@@ -140,7 +140,7 @@ class Evaluator:
     """
 
     dataset: SegmentationDataset
-    proposals: Proposer
+    proposals: Proposer | None
     scorer: Scorer | None = None
     weight: float | None = None
     unseen_form: Literal["paper", "released"] = "paper"
@@ -175,12 +175,12 @@ class Evaluator:
                 scores, or with those of an unknown number of classes.
         """
         picture = read_picture(item.picture)
-        proposals = self.proposals(picture, item.name)
-        check_proposals(proposals, picture.shape[:2])
         classes, ignore = len(self.dataset.class_names), self.dataset.ignore_index
         labels = torch.from_numpy(item.labels.astype(np.int64))  # (H, W)
         present = labels[labels != ignore].unique()  # (K,)
         truth = labels == present[:, None, None]  # (K, H, W)
+        proposals = Proposals(truth.numpy()) if self.proposals is None else self.proposals(picture, item.name)
+        check_proposals(proposals, picture.shape[:2])
         masks = torch.from_numpy(proposals.masks)  # (N, H, W)
 
         if self.scorer is None:

@@ -13,12 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from maft_adapter import cli
+from maft_adapter.classify import text_classifier
 from maft_adapter.data import datasets, open_dataset
 from maft_adapter.finetune import SegmentationSamples, finetune
 from maft_adapter.models import load_model
 from maft_adapter.proposals.merging import Superpixels
-from maft_adapter.shapes import load_clip, render_scene
-from maft_adapter.shapes.demo import RECIPE, finetuning_samples, image_scores, prepare
+from maft_adapter.shapes import SEEN, render_scene
+from maft_adapter.shapes.demo import RECIPE, draw_scenes, frozen_model, image_scores
 
 
 @pytest.fixture(autouse=True)
@@ -63,22 +64,15 @@ def test_shapes_trains_as_the_demo_does(tmp_path: Path, monkeypatch: pytest.Monk
     settings = json.loads((out / "settings.json").read_text())
     assert (settings["lr"], settings["batch_size"]) == (RECIPE.lr, RECIPE.batch_size)
 
-    from maft_adapter import make_mask_aware
-    from maft_adapter.classify import text_classifier
-    from maft_adapter.shapes import SEEN, tokenize
-    from maft_adapter.shapes.demo import TEMPLATES
-
-    clip = load_clip()
-    make_mask_aware(clip.visual, RECIPE.start_layer)
-    samples = finetuning_samples(prepare(0, "fine-tuning", 4, RECIPE.min_contrast))
-    text = text_classifier(clip, tokenize, SEEN, TEMPLATES)
-    scale = float(clip.logit_scale.detach().exp())
-    finetune(
-        clip, samples, text, iterations=2, lr=RECIPE.lr, teacher_scores=image_scores(clip, samples, text, scale),
-        progress=False,
-    )  # fmt: skip
+    model = frozen_model()
+    train = draw_scenes(0, "train", 4, Superpixels(min_contrast=RECIPE.min_contrast))
+    dataset = SegmentationSamples(train, model, train.seen, train)
+    samples = [dataset[i] for i in range(4)]
+    text = text_classifier(model.clip, model.tokenizer, SEEN, model.templates)
+    teacher_scores = image_scores(model.clip, samples, text, model.logit_scale)
+    finetune(model.clip, samples, text, iterations=2, lr=RECIPE.lr, teacher_scores=teacher_scores, progress=False)
     tower = load_file(out / "tower.safetensors")
-    assert all(torch.equal(tower[name], value) for name, value in clip.visual.state_dict().items())
+    assert all(torch.equal(tower[name], value) for name, value in model.clip.visual.state_dict().items())
 
 
 @pytest.mark.parametrize("proposals", ["superpixels", "ground-truth", "superpixels+ground-truth"])

@@ -5,6 +5,7 @@ import copy
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,14 @@ from torch import Tensor
 from maft_adapter import make_mask_aware
 from maft_adapter.baselines import encode_crops
 from maft_adapter.classify import text_classifier
+from maft_adapter.data import Item, open_dataset
 from maft_adapter.finetune import finetune
 from maft_adapter.masks import masks_on_grid
-from maft_adapter.proposals.merging import propose_masks
-from maft_adapter.shapes import CLASSES, SEEN, UNSEEN, Scene, demo, preprocess, render_scene, tokenize, train_clip
+from maft_adapter.models import WORLD_TEMPLATES
+from maft_adapter.pictures import read_picture
+from maft_adapter.proposals import Proposals
+from maft_adapter.proposals.merging import Superpixels, propose_masks
+from maft_adapter.shapes import CLASSES, SEEN, UNSEEN, demo, preprocess, tokenize
 from maft_adapter.shapes.clip import create_clip
 
 NAMES = ["frozen_mask_crop", "ip_clip", "ip_clip_ma", "ip_clip_ma_dis"]
@@ -30,11 +35,14 @@ TINY = demo.Recipe(
 SEEDS = [3, 5]
 
 
-def prepare_here(seed: int, split: Any, count: int, min_contrast: float = 0.0) -> list[demo.Example]:
-    """What `demo.prepare` gives, without starting processes."""
-    assert min_contrast == {"evaluation": 0, "fine-tuning": TINY.min_contrast}[split]
-    scenes = [render_scene((demo.SPLITS[split], seed, i)) for i in range(count)]
-    return [(scene, propose_masks(scene.image, most=12, min_contrast=min_contrast)) for scene in scenes]
+def draw_here(seed: int, split: str, count: int, proposals: Superpixels) -> demo.Scenes:
+    """What `demo.draw_scenes` gives with few proposals, without starting processes."""
+    assert proposals.min_contrast == {"val": 0, "train": TINY.min_contrast}[split]
+    dataset = open_dataset(f"shapes:{seed}", split=split)
+    items = [dataset[i] for i in range(count)]
+    few = replace(proposals, most=12)
+    named = {item.name: few(read_picture(item.picture)) for item in items}
+    return demo.Scenes(**vars(dataset), items=items, proposals=named, settings=few.settings)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +58,7 @@ def clip() -> Any:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "QUICK", TINY)
-    monkeypatch.setattr(demo, "prepare", prepare_here)
+    monkeypatch.setattr(demo, "draw_scenes", draw_here)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +66,7 @@ def folder(clip: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a run over two seeds wrote to."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(demo, "QUICK", TINY)
-        monkeypatch.setattr(demo, "prepare", prepare_here)
+        monkeypatch.setattr(demo, "draw_scenes", draw_here)
         out = tmp_path_factory.mktemp("demo")
         demo.run_demo(out, SEEDS, quick=True, clip=clip)
     return out
@@ -103,16 +111,16 @@ def test_history_and_curves(metrics: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def scores_by_hand(scene: Scene, masks: NDArray[np.bool_], clip: Any, crops: bool) -> NDArray[np.float64]:
+def scores_by_hand(picture: Any, masks: NDArray[Any], clip: Any, crops: bool) -> NDArray[np.float64]:
     """(N, C) probabilities, zero where a proposal must not vote."""
-    images, proposals = preprocess(scene.image)[None], torch.from_numpy(masks)[None]
+    images, proposals = preprocess(picture)[None], torch.from_numpy(masks)[None]
     if crops:
         embeddings, valid = (tensor[0].numpy().astype(float) for tensor in encode_crops(clip, images, proposals))
     else:
         visual = make_mask_aware(copy.deepcopy(clip.visual), TINY.start_layer)
         embeddings = visual(images, proposals)[0].numpy().astype(float)
         valid = masks_on_grid(proposals, (12, 12)).flatten(2).any(-1)[0].numpy()
-    text = text_classifier(clip, tokenize, CLASSES, demo.TEMPLATES).numpy().astype(float)
+    text = text_classifier(clip, tokenize, CLASSES, WORLD_TEMPLATES).numpy().astype(float)
     cosine = (embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)) @ text.T
     exponential = np.exp(float(clip.logit_scale.exp()) * cosine)
     return valid[:, None] * exponential / exponential.sum(1, keepdims=True)
@@ -130,10 +138,12 @@ def miou_by_hand(truths: list[Any], predictions: list[Any], classes: Sequence[st
 @pytest.mark.parametrize(("row", "crops"), [(0, True), (1, False)])
 def test_rows_equal_a_computation_by_hand(row: int, crops: bool, metrics: dict[str, Any], clip: Any) -> None:
     truths, predictions = [], []
-    for scene, masks in prepare_here(SEEDS[0], "evaluation", TINY.eval_scenes):
-        votes = np.einsum("nc,nhw->chw", scores_by_hand(scene, masks, clip, crops), masks.astype(float))
+    scenes = draw_here(SEEDS[0], "val", TINY.eval_scenes, Superpixels())
+    for item in scenes:
+        masks = scenes.proposals[item.name].masks
+        votes = np.einsum("nc,nhw->chw", scores_by_hand(item.picture, masks, clip, crops), masks.astype(float))
         predictions.append(np.where(votes.max(0) > 0, votes.argmax(0), 255))
-        truths.append(scene.labels)
+        truths.append(item.labels)
     seen, unseen = (miou_by_hand(truths, predictions, classes) for classes in (SEEN, UNSEEN))
     numbers = metrics["rows"][row]["per_seed"][0]
     assert numbers["miou_seen"] == pytest.approx(seen, abs=1e-4)
@@ -143,16 +153,16 @@ def test_rows_equal_a_computation_by_hand(row: int, crops: bool, metrics: dict[s
 
 
 def test_label_maps_of_every_row_give_its_scores(tiny: None, clip: Any) -> None:
-    scenes = prepare_here(3, "evaluation", TINY.eval_scenes)
-    embeddings = []
-    for row in demo.run_seed(3, scenes, TINY, clip):
-        images, masks = preprocess(scenes[0][0].image)[None], torch.from_numpy(scenes[0][1])[None]
-        embeddings.append(row.encode(images, masks)[0].detach())
+    scenes = draw_here(3, "val", TINY.eval_scenes, Superpixels())
+    scores = []
+    for row in demo.run_seed(3, scenes, TINY, demo.frozen_model(TINY.start_layer, clip)):
+        masks = torch.from_numpy(scenes.proposals[scenes[0].name].masks)
+        scores.append(row.scorer(read_picture(scenes[0].picture), masks)[0])
         for key, classes in (("miou_seen", SEEN), ("miou_unseen", UNSEEN)):
-            by_hand = miou_by_hand([scene.labels for scene, _ in scenes], row.evaluation.label_maps, classes)
-            assert row.evaluation.scores[key] == pytest.approx(by_hand, abs=1e-4)  # type: ignore[literal-required]
-    for i, first in enumerate(embeddings):  # each row has an encoder of its own
-        assert not any(torch.allclose(first, second, atol=1e-6) for second in embeddings[:i])
+            by_hand = miou_by_hand([item.labels for item in scenes], row.evaluation.label_maps, classes)
+            assert row.evaluation.scores[key] == pytest.approx(by_hand, abs=1e-4)
+    for i, first in enumerate(scores):  # each row has an encoder of its own
+        assert not any(torch.allclose(first, second, atol=1e-6) for second in scores[:i])
 
 
 def test_fine_tuning_knows_seen_classes_only(
@@ -167,42 +177,36 @@ def test_fine_tuning_knows_seen_classes_only(
     monkeypatch.setattr(demo, "finetune", spy)
     # Scenes that show every class, so that no unseen one is missed by chance.
     everything = np.arange(96 * 96, dtype=np.uint8).reshape(96, 96) % len(CLASSES)
-    scenes = [
-        (Scene(scene.image, everything, tuple(range(len(CLASSES)))), masks)
-        for scene, masks in prepare_here(3, "fine-tuning", 3, TINY.min_contrast)
-    ]
-    evaluation = prepare_here(3, "evaluation", 1)
-    monkeypatch.setattr(demo, "prepare", lambda seed, split, count, min_contrast: scenes)
-    list(demo.run_seed(3, evaluation, TINY, clip))
+    scenes = draw_here(3, "train", 3, Superpixels(min_contrast=TINY.min_contrast))
+    scenes = replace(scenes, items=[item._replace(labels=everything) for item in scenes])
+    evaluation = draw_here(3, "val", 1, Superpixels())
+    monkeypatch.setattr(demo, "draw_scenes", lambda seed, split, count, proposals: scenes)
+    list(demo.run_seed(3, evaluation, TINY, demo.frozen_model(TINY.start_layer, clip)))
 
     assert len(calls) == 2
     for samples, text, teacher_scores in calls:
-        assert torch.equal(text, text_classifier(clip, tokenize, SEEN, demo.TEMPLATES))
+        assert torch.equal(text, text_classifier(clip, tokenize, SEEN, WORLD_TEMPLATES))
         assert teacher_scores.shape == (3, len(SEEN))
-        for sample, (scene, masks) in zip(samples, scenes, strict=True):
-            for label, k in zip(sample.labels.flatten().tolist(), scene.labels.flatten().tolist(), strict=True):
+        for sample, item in zip(samples, scenes, strict=True):
+            for label, k in zip(sample.labels.flatten().tolist(), item.labels.flatten().tolist(), strict=True):
                 name = CLASSES[k]
-                assert (label == 255) if name in UNSEEN else (SEEN[label] == name)
-            assert (sample.masks.numpy() == masks).all()
+                assert (label == -1) if name in UNSEEN else (SEEN[label] == name)
+            assert (sample.masks.numpy() == scenes.proposals[item.name].masks).all()
 
 
 def test_no_scene_serves_twice() -> None:
-    scenes = [
-        render_scene((demo.SPLITS[split], seed, i)).image.tobytes()
-        for split in ("evaluation", "fine-tuning")
-        for seed in (0, 1)
-        for i in range(5)
-    ]
-    assert len(set(scenes)) == 20
-    assert not set(demo.SPLITS.values()) & {train_clip.TRAIN, train_clip.VALIDATION}
+    datasets = [open_dataset(f"shapes:{seed}", split=split) for split in ("train", "val") for seed in (0, 1)]
+    assert len({read_picture(dataset[i].picture).tobytes() for dataset in datasets for i in range(5)}) == 20
 
 
-def test_prepare_gives_the_same_on_all_cores() -> None:
-    (scene, masks), (other, _) = demo.prepare(7, "fine-tuning", 2, min_contrast=0.4)
-    expected = render_scene((demo.SPLITS["fine-tuning"], 7, 0))
-    assert (scene.image == expected.image).all() and (scene.labels == expected.labels).all()
-    assert (masks == propose_masks(scene.image, min_contrast=0.4)).all()
-    assert (other.image != scene.image).any()
+def test_scenes_are_the_same_on_all_cores() -> None:
+    scenes = demo.draw_scenes(7, "train", 2, Superpixels(min_contrast=0.4))
+    dataset = open_dataset("shapes:7", split="train")
+    for i, item in enumerate(scenes):
+        np.testing.assert_array_equal(item.picture, dataset[i].picture)
+        np.testing.assert_array_equal(item.labels, dataset[i].labels)
+        masks = propose_masks(read_picture(item.picture), min_contrast=0.4)
+        np.testing.assert_array_equal(scenes(read_picture(item.picture), item.name).masks, masks)
 
 
 def test_a_seed_repeats_whatever_ran_before(tiny: None, clip: Any, metrics: dict[str, Any], tmp_path: Path) -> None:
@@ -263,12 +267,15 @@ def test_typical_proposals_are_the_thing_its_background_and_both() -> None:
     part = thing.copy()
     part[:30] = False
     masks = np.stack([part, sand | thing, brick | sand, thing, sand, np.ones_like(thing)])
-    present = tuple(int(k) for k in np.unique(labels))
-    scene = Scene(np.zeros((96, 96, 3), np.uint8), labels, present)
-    blank = Scene(scene.image, np.full((96, 96), present[-1], np.uint8), present[-1:])
+    pixels = np.zeros((96, 96, 3), np.uint8)
+    blank = Item(pixels, np.full_like(labels, CLASSES.index("pale sand")), "blank")
+    shown = Item(pixels, labels, "shown")
+    dataset = open_dataset("shapes")
+    proposals = {item.name: Proposals(masks) for item in (blank, shown)}
+    scenes = demo.Scenes(**vars(dataset), items=[blank, shown], proposals=proposals, settings="by hand")
 
-    example, indices, classes = demo.typical_proposals([(blank, masks), (scene, masks)])
-    assert example[0] is scene
+    item, indices, classes = demo.typical_proposals(scenes)
+    assert item is shown
     assert [indices[0], indices[2]] == [3, 1]
     assert indices[1] == 4
     names = [[CLASSES[k] for k in row] for row in classes]

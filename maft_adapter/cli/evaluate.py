@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _KEPT, _SETTINGS, _TOWER = ".proposals", "settings.json", "tower.safetensors"
 _CROPS = {"mask": "mask", "crop": "crop", "mask-and-crop": "mask_crop"}  # the baselines, as `merge` calls them
-_UPPER_BOUND = "upper-bound"
+_UPPER_BOUND, _TRUTH = "upper-bound", "ground-truth"
 _CONVENTIONS = {
     "absent": "classes that no ground truth has are left out of the means, as in detectron2 since July 2022; under "
     "absent_as_zero, those that were predicted anyway count as IoU 0, as in detectron2 before",
@@ -91,7 +91,8 @@ def add(commands: Any) -> None:
     )
     evaluate.add_argument(
         "--proposals", default="superpixels", metavar="KIND",
-        help="superpixels, sam[:MODEL], mask2former[:MODEL] or files:PATH (default: %(default)s)",
+        help="superpixels, sam[:MODEL], mask2former[:MODEL], files:PATH, or ground-truth: one mask for each class that "
+        "is there (default: %(default)s)",
     )  # fmt: skip
     evaluate.add_argument("--keep", type=Path, metavar="DIR", help=f"keep proposals there (default: {_KEPT} in --out)")
     evaluate.add_argument(
@@ -142,6 +143,9 @@ def _check(arguments: argparse.Namespace) -> None:
         arguments.error(f"--ensemble {arguments.ensemble}: expected a weight in [0, 1]")
     if arguments.ensemble_form is not None and arguments.ensemble is None:
         arguments.error("--ensemble-form needs --ensemble")
+    for name in ("ensemble", "keep"):
+        if getattr(arguments, name) is not None and arguments.proposals == _TRUTH:
+            arguments.error(f"--{name}: ground-truth masks have no class scores and are not kept, leave it out")
     ineffective = {
         "mask-aware": (),
         _UPPER_BOUND: (
@@ -167,7 +171,8 @@ def _run(arguments: argparse.Namespace) -> int:
     out: Path = arguments.out
     dataset = open_dataset(arguments.data, arguments.root, names=arguments.names, layout=arguments.layout)
     pictures = len(dataset) if arguments.limit is None else min(arguments.limit, len(dataset))
-    proposals = proposer(arguments.proposals, arguments.device)
+    truth = arguments.proposals == _TRUTH
+    proposals = None if truth else proposer(arguments.proposals, arguments.device)
     scorer, about_scorer = _scorer(arguments, dataset)
     evaluator = Evaluator(
         dataset, proposals, scorer,
@@ -180,12 +185,13 @@ def _run(arguments: argparse.Namespace) -> int:
         "folder": str(dataset.folder.resolve()) if dataset.folder else None, "pictures": pictures,
         "names": dataset.names, "class_names": [list(names) for names in dataset.class_names],
         "unseen": [dataset.class_names[k][0] for k in evaluator.unseen], "trained_on": arguments.trained_on,
-        "encoder": arguments.encoder, **about_scorer, "proposals": proposals.settings,
+        "encoder": arguments.encoder, **about_scorer, "proposals": proposals.settings if proposals else _TRUTH,
         "ensemble": arguments.ensemble,
         "ensemble_form": None if arguments.ensemble is None else evaluator.unseen_form,
     }  # fmt: skip
     _claim(out, settings)
-    evaluator.proposals = Kept(proposals, arguments.keep or out / _KEPT)
+    if proposals:
+        evaluator.proposals = Kept(proposals, arguments.keep or out / _KEPT)
 
     records = Records(out, len(dataset.class_names))
     done, _ = records.read()

@@ -98,6 +98,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from ..classify import text_classifier
     from ..data import open_dataset
+    from ..evaluate import Evaluator, mask_aware_scorer
     from ..extras import extra
     from ..finetune import SegmentationSamples, drawn, finetune
     from ..losses import MAFTLoss
@@ -145,7 +146,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if not hasattr(tower, "set_grad_checkpointing"):
             raise ValueError(f"{type(tower).__name__} has no gradient checkpointing: leave --grad-checkpointing out")
         tower.set_grad_checkpointing(True)
-    keep, evaluated = arguments.keep or out / _KEPT, None
+    keep = arguments.keep or out / _KEPT
     given = None if kind == _TRUTH else superpixels if kind == "superpixels" else proposer(kind, accelerator.device)
     settings = {
         "data": arguments.data, "names": train.names, "layout": train.layout, "setting": setting,
@@ -178,8 +179,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if val is not None:
         everything = text_classifier(model.clip, model.tokenizer, val.class_names, model.templates)
-        if given is not None:
-            evaluated = Kept(Superpixels() if kind == "superpixels" else given, keep)
+        scorer = mask_aware_scorer(model, everything, arguments.size)
+        shown = None if given is None else Kept(Superpixels() if kind == "superpixels" else given, keep)
+        evaluator = Evaluator(val, shown, scorer)
     unseen = train.unseen if setting == "zero-shot" else ()
     log = _Log(out, accelerator.is_main_process, arguments.tensorboard, unseen)
     started = time.monotonic()
@@ -187,10 +189,7 @@ def _run(arguments: argparse.Namespace) -> int:
     def watch(iteration: int, losses: dict[str, float]) -> None:
         entry: dict[str, float] = {"iteration": iteration, **losses, "seconds": round(time.monotonic() - started, 3)}
         if val is not None and (iteration % arguments.validate_every == 0 or iteration == iterations):
-            entry |= _validate(
-                model, val, everything, evaluated, arguments.size, min(arguments.validate_on, len(val)), accelerator,
-                unseen,
-            )  # fmt: skip
+            entry |= _validate(evaluator, min(arguments.validate_on, len(val)), accelerator, unseen)
         if log.add(entry):
             save_mask_aware(tower, out / _BEST)
 
@@ -211,16 +210,11 @@ def _frozen_model(arguments: argparse.Namespace) -> Any:
     """The model as it is before any fine-tuning; the embedded one is fine-tuned otherwise."""
     from ..models import load_model
 
-    model = load_model(arguments.model, arguments.pretrained, start_layer=arguments.start_layer)
-    if arguments.model is None:
-        from ..adapt import make_mask_aware
-        from ..shapes.clip import load_clip
+    if arguments.model is None and arguments.pretrained is None:
+        from ..shapes.demo import frozen_model
 
-        clip = load_clip()
-        make_mask_aware(clip.visual, start_layer=model.clip.visual.start_layer)
-        source = f"embedded frozen CLIP, start layer {clip.visual.start_layer}"
-        model = model._replace(clip=clip, logit_scale=float(clip.logit_scale.detach().exp()), source=source)
-    return model
+        return frozen_model() if arguments.start_layer is None else frozen_model(arguments.start_layer)
+    return load_model(arguments.model, arguments.pretrained, start_layer=arguments.start_layer)
 
 
 def _claim(out: Path, settings: dict[str, Any], resume: bool) -> None:
@@ -287,33 +281,15 @@ class _Log:
             self.writer = SummaryWriter(self.path.parent / "tensorboard", purge_step=iteration)
 
 
-def _validate(
-    model: Any, dataset: Any, text: Any, propose: Any, size: int | None, count: int, accelerator: Any, unseen: Any
-) -> dict[str, float]:
+def _validate(evaluator: Any, count: int, accelerator: Any, unseen: Any) -> dict[str, float]:
     """mIoU of seen, unseen and all classes over the first pictures, each process its share of them."""
     import torch
 
-    from ..adapt import encode_masks, valid_masks
-    from ..classify import class_scores, label_map
-    from ..finetune import ground_truth
-    from ..metrics import confusion_matrix, evaluation_scores
-    from ..models import image_tower
-    from ..pictures import prepare, read_picture
+    from ..metrics import evaluation_scores
 
-    classes = len(dataset.class_names)
-    confusion = torch.zeros(classes + 1, classes + 1, dtype=torch.int64, device=accelerator.device)
+    classes = len(evaluator.dataset.class_names)
+    pixels = torch.zeros(classes + 1, classes + 1, dtype=torch.int64)
     for index in range(accelerator.process_index, count, accelerator.num_processes):
-        item = dataset[index]
-        picture, labels = read_picture(item.picture), torch.from_numpy(item.labels.astype("int64"))
-        image = prepare(picture, model.mean, model.std, size or model.size, multiple=model.multiple)[None]
-        masks = (
-            ground_truth(labels, classes)[0] if propose is None else torch.from_numpy(propose(picture, item.name).masks)
-        )
-        image, masks, labels = (each.to(accelerator.device) for each in (image, masks[None], labels))
-        with torch.no_grad():
-            valid = valid_masks(image_tower(model.clip), image, masks)
-            scores = class_scores(encode_masks(model.clip, image, masks), text.to(image.device), model.logit_scale)
-        prediction = label_map(scores, masks, valid=valid)[0]
-        confusion += confusion_matrix(prediction, labels, classes, dataset.ignore_index).to(confusion.device)
-    found = evaluation_scores(accelerator.reduce(confusion), unseen)
+        pixels += evaluator(evaluator.dataset[index]).pixels
+    found = evaluation_scores(accelerator.reduce(pixels.to(accelerator.device)).cpu(), unseen)
     return {key: value for key in ("miou", "miou_seen", "miou_unseen", "hiou") if (value := found[key]) == value}

@@ -2,7 +2,8 @@
 
 Four rows, evaluated alike on the same held-out scenes with the same proposals and the names of all classes:
 the frozen CLIP with mask & crop; IP-CLIP without fine-tuning; fine-tuned with L_ma; fine-tuned with L_ma +
-L_dis. The fine-tuning sees scenes of its own, and masks and names of seen classes only.
+L_dis. The fine-tuning sees scenes of its own, and masks and names of seen classes only. Scenes, fine-tuning and
+evaluation are those of `maft-adapter finetune` and `evaluate` on the data set shapes.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import os
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,19 +29,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import show
-from ..adapt import make_mask_aware, valid_masks
-from ..baselines import encode_crops
+from ..adapt import make_mask_aware
 from ..checkpoint import replace_file, save_mask_aware
-from ..classify import class_scores, label_map, text_classifier
+from ..classify import class_scores, text_classifier
+from ..data import Item, open_dataset
+from ..data.datasets import ShapesDataset
+from ..evaluate import Evaluator, Scorer, crop_scorer, figures, mask_aware_scorer
 from ..extras import extra
-from ..finetune import Sample, finetune
+from ..finetune import Sample, SegmentationSamples, finetune
 from ..losses import MAFTLoss
 from ..macs import count_macs
-from ..metrics import SegmentationMetrics, SegmentationScores
-from ..proposals.merging import propose_masks
-from .clip import load_clip, preprocess, tokenize
+from ..models import Model, load_model
+from ..pictures import read_picture
+from ..proposals import Proposals, Proposer
+from ..proposals.merging import Superpixels
+from .clip import load_clip
 from .report import SCORES, TITLES, curves_figure, report_page, table
-from .scenes import CLASSES, SEEN, THINGS, UNSEEN, Scene, render_scene
+from .scenes import CLASSES, THINGS, UNSEEN
 
 with extra("demo"):
     from matplotlib.figure import Figure
@@ -56,7 +61,7 @@ class Recipe:
         distillation_weight: lambda of the row with L_dis.
         min_contrast: of the proposals that the fine-tuning sees, see `propose_masks`; every row is evaluated with
             all proposals.
-        train_scenes, eval_scenes: scenes a seed.
+        train_scenes, eval_scenes: scenes a seed, at most those of the data set shapes.
         curve_every: iterations between two evaluations of the curves.
     """
 
@@ -73,25 +78,40 @@ class Recipe:
 
 RECIPE = Recipe()
 QUICK = replace(RECIPE, iterations=16, train_scenes=32, eval_scenes=24, curve_every=8)
-TEMPLATES = ("a picture of {}", "a photo of {}", "{}")
-# First entries of the scenes' seeds: no scene serves twice, nor did one serve in `train_clip`.
-SPLITS = {"evaluation": 8_000_000, "fine-tuning": 9_000_000}
 TOWER = "tower.safetensors"
-COUNTED_SCENES = 8  # multiply-accumulates are the mean of these; they vary with the number of proposals only
+COUNTED_SCENES = 8  # multiply-accumulates and times are of these; they vary with the number of proposals only
 NAMES = [f"{name} *" if name in UNSEEN else name for name in CLASSES]  # as the figures show them
 
-# A scene and its proposals, (N, H, W) bool.
-Example = tuple[Scene, NDArray[np.bool_]]
-# Images (1, 3, H, W), masks (1, N, H, W) -> embeddings (1, N, D) and which are valid, (1, N) bool.
-Encode = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+@dataclass(frozen=True)
+class Scenes(ShapesDataset):
+    """Scenes of the data set shapes that are drawn, and the proposer of the proposals that they have.
+
+    Attributes:
+        items: the scenes.
+        proposals: of each scene, by its name.
+        settings: of the proposals.
+    """
+
+    items: Sequence[Item] = field(repr=False)
+    proposals: Mapping[str, Proposals] = field(repr=False)
+    settings: str
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.items[index]
+
+    def __call__(self, picture: NDArray[np.uint8], name: str = "") -> Proposals:
+        return self.proposals[name]
 
 
 class Evaluation(NamedTuple):
-    """Scores over all scenes, each scene's (H, W) label map, and the encoder's median time for an image."""
+    """The figures of all scenes (see `maft_adapter.evaluate.FIGURES`) and each scene's (H, W) label map."""
 
-    scores: SegmentationScores
+    scores: dict[str, float]
     label_maps: list[NDArray[np.int64]]
-    seconds: float
 
 
 class Row(NamedTuple):
@@ -99,19 +119,21 @@ class Row(NamedTuple):
 
     Attributes:
         name: key of `TITLES`.
-        clip: the row's CLIP, fine-tuned.
-        encode: its encoder.
+        model: the row's CLIP, fine-tuned.
+        scorer: what gives its class scores.
         evaluation: on the held-out scenes.
-        gmacs: 1e9 multiply-accumulates of the encoder for all proposals of an image.
+        gmacs: 1e9 multiply-accumulates for all proposals of an image.
+        seconds: median time for all proposals of an image.
         losses: of every iteration; empty without fine-tuning.
         curve: "iterations", and "miou_seen" and "miou_unseen" after them; empty without fine-tuning.
     """
 
     name: str
-    clip: Any
-    encode: Encode
+    model: Model
+    scorer: Scorer
     evaluation: Evaluation
     gmacs: float
+    seconds: float
     losses: dict[str, list[float]]
     curve: dict[str, list[float]]
 
@@ -138,7 +160,7 @@ def run_demo(
     Returns:
         What metrics.json holds. "rows": "name", "miou_seen", "miou_unseen", "hiou" (percent, means over the
         seeds), their "std" (sample standard deviation over the seeds, 0 for a single one), "gmacs" and
-        "seconds_per_image" of the encoder for all proposals of an image, and "per_seed"; "seeds"; "seconds"
+        "seconds_per_image" of the classification of all proposals of an image, and "per_seed"; "seeds"; "seconds"
         of the whole run; "quick"; "recipe"; the losses of every iteration as "history"; mIoU over them as "curves".
 
     Raises:
@@ -152,7 +174,7 @@ def run_demo(
     recipe = QUICK if quick else RECIPE
     if start_layer is not None:
         recipe = replace(recipe, start_layer=start_layer)
-    clip = load_clip() if clip is None else clip
+    model = frozen_model(recipe.start_layer, clip)
     out.mkdir(parents=True, exist_ok=True)
 
     result: dict[str, Any] = {
@@ -168,9 +190,9 @@ def run_demo(
 
     try:
         for seed in seeds:
-            scenes = prepare(seed, "evaluation", recipe.eval_scenes)
+            scenes = draw_scenes(seed, "val", recipe.eval_scenes, Superpixels())
             rows: dict[str, Row] = {}
-            for row in run_seed(seed, scenes, recipe, clip):
+            for row in run_seed(seed, scenes, recipe, model):
                 rows[row.name] = row
                 numbers = _numbers(seed, row)
                 finished.setdefault(row.name, []).append(numbers)
@@ -182,8 +204,8 @@ def run_demo(
                 scores = ", ".join(f"{heading} {numbers[key]:.1f}" for key, heading in SCORES.items())
                 print(f"seed {seed}: {TITLES[row.name]}: {scores}", flush=True)
             if not figures:
-                save_mask_aware(rows["ip_clip_ma_dis"].clip.visual, out / TOWER)
-                figures["figure1"] = _png(figure_1(scenes, rows, clip))
+                save_mask_aware(rows["ip_clip_ma_dis"].model.clip.visual, out / TOWER)
+                figures["figure1"] = _png(figure_1(scenes, rows))
                 figures["label_maps"] = _png(label_maps_figure(scenes, rows))
             figures["curves"] = _png(curves_figure(result))
             for name, png in figures.items():
@@ -199,70 +221,83 @@ def run_demo(
     return result
 
 
-def run_seed(seed: int, scenes: Sequence[Example], recipe: Recipe, clip: Any) -> Iterator[Row]:
+def frozen_model(start_layer: int = RECIPE.start_layer, clip: Any = None) -> Model:
+    """The small CLIP as it is before any fine-tuning, mask-aware.
+
+    Args:
+        start_layer: L in 0..12.
+        clip: a CLIP of this world in eval mode, which is copied; by default `load_clip()`.
+
+    Example:
+        >>> frozen_model().source
+        'embedded frozen CLIP, start layer 0'
+    """
+    clip = load_clip() if clip is None else copy.deepcopy(clip)
+    make_mask_aware(clip.visual, start_layer)
+    scale = float(clip.logit_scale.detach().exp())
+    return load_model()._replace(
+        clip=clip, logit_scale=scale, source=f"embedded frozen CLIP, start layer {start_layer}"
+    )
+
+
+def run_seed(seed: int, scenes: Scenes, recipe: Recipe, model: Model) -> Iterator[Row]:
     """The rows of one seed, in the order of the table, each as soon as it is finished.
 
     Args:
         seed: of the fine-tuning and its scenes.
         scenes: held out, for the evaluation.
         recipe: sizes and settings.
-        clip: the frozen CLIP, which stays unchanged.
+        model: of `frozen_model`, which stays unchanged.
     """
-    scale = float(clip.logit_scale.detach().exp())
-    text = text_classifier(clip, tokenize, CLASSES, TEMPLATES)  # (C, D)
+    text = text_classifier(model.clip, model.tokenizer, scenes.class_names, model.templates)  # (C, D)
 
-    def score(encode: Encode, title: str) -> Evaluation:
-        return evaluate(encode, scenes, text, scale, title)
-
-    def finish(name: str, clip: Any, encode: Encode, losses: Any = None, curve: Any = None) -> Row:
-        evaluation = score(encode, TITLES[name])
+    def finish(name: str, model: Model, scorer: Scorer, losses: Any = None, curve: Any = None) -> Row:
+        evaluation = evaluate(scenes, scorer, TITLES[name])
         if curve:
             _extend(curve, recipe.iterations, evaluation)
-        bar = tqdm(scenes[:COUNTED_SCENES], desc="counting multiply-accumulates", leave=False)
-        counts = [count_encoder(encode, example) for example in bar]
-        return Row(name, clip, encode, evaluation, statistics.mean(counts) / 1e9, losses or {}, curve or {})
+        gmacs, seconds = cost(scenes, scorer)
+        return Row(name, model, scorer, evaluation, gmacs, seconds, losses or {}, curve or {})
 
-    yield finish("frozen_mask_crop", clip, partial(encode_crops, clip))
-    ip_clip = copy.deepcopy(clip)
-    make_mask_aware(ip_clip.visual, recipe.start_layer)
-    untuned = finish("ip_clip", ip_clip, partial(encode_mask_aware, ip_clip))
+    yield finish("frozen_mask_crop", model, crop_scorer(model, text, "mask_crop"))
+    untuned = finish("ip_clip", model, mask_aware_scorer(model, text))
     yield untuned
 
-    samples = finetuning_samples(prepare(seed, "fine-tuning", recipe.train_scenes, recipe.min_contrast))
-    seen_text = text_classifier(clip, tokenize, SEEN, TEMPLATES)  # (C_seen, D)
-    teacher_scores = image_scores(ip_clip, samples, seen_text, scale)  # (S, C_seen)
+    train = draw_scenes(seed, "train", recipe.train_scenes, Superpixels(min_contrast=recipe.min_contrast))
+    dataset = SegmentationSamples(train, model, train.seen, train)
+    samples = [dataset[i] for i in range(len(dataset))]
+    seen_names = [train.class_names[k] for k in train.seen]
+    seen_text = text_classifier(model.clip, model.tokenizer, seen_names, model.templates)  # (C_seen, D)
+    teacher_scores = image_scores(model.clip, samples, seen_text, model.logit_scale)  # (S, C_seen)
     for name, weight in {"ip_clip_ma": 0.0, "ip_clip_ma_dis": recipe.distillation_weight}.items():
-        student = copy.deepcopy(ip_clip)
-        encode = partial(encode_mask_aware, student)
+        student = model._replace(clip=copy.deepcopy(model.clip))
+        scorer = mask_aware_scorer(student, text)
         curve: dict[str, list[float]] = {"iterations": [], "miou_seen": [], "miou_unseen": []}
         _extend(curve, 0, untuned.evaluation)
 
-        def watch(done: int, _: object, encode: Encode = encode, curve: dict[str, list[float]] = curve) -> None:
+        def watch(done: int, _: object, scorer: Scorer = scorer, curve: dict[str, list[float]] = curve) -> None:
             if done % recipe.curve_every == 0 and done < recipe.iterations:
-                _extend(curve, done, score(encode, f"after {done} iterations"))
+                _extend(curve, done, evaluate(scenes, scorer, f"after {done} iterations"))
 
         history = finetune(
-            student, samples, seen_text,
+            student.clip, samples, seen_text,
             iterations=recipe.iterations, batch_size=recipe.batch_size, lr=recipe.lr,
             loss=MAFTLoss(distillation_weight=weight), teacher_scores=teacher_scores,
             seed=seed, on_iteration=watch,
         )  # fmt: skip
         losses = {key: [step[key] for step in history] for key in history[0]}
-        yield finish(name, student, encode, losses, curve)
+        yield finish(name, student, scorer, losses, curve)
 
 
-def prepare(
-    seed: int, split: Literal["evaluation", "fine-tuning"], count: int, min_contrast: float = 0.0
-) -> list[Example]:
-    """Draw the scenes of a seed and propose masks, on all cores.
+def draw_scenes(seed: int, split: str, count: int, proposals: Proposer) -> Scenes:
+    """Draw the first scenes of a seed and propose masks, on all cores.
 
     Args:
         seed: non-negative.
-        split: the two share no scene, and neither do two seeds.
+        split: "train" or "val"; the two share no scene, and neither do two seeds.
         count: number of scenes, 96x96 pixels each.
-        min_contrast: of the proposals, see `propose_masks`.
+        proposals: what proposes, the same whatever process it runs in.
     """
-    keys = [(SPLITS[split], seed, i) for i in range(count)]
+    dataset = open_dataset(f"shapes:{seed}", split=split)
     # Ctrl-C reaches every process of the terminal: the workers inherit that it is not theirs to handle.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -270,20 +305,11 @@ def prepare(
     finally:
         signal.signal(signal.SIGINT, handler)
     with pool:
-        scenes = [render_scene(key) for key in tqdm(keys, desc=f"drawing scenes ({split})")]
-        propose = partial(propose_masks, min_contrast=min_contrast)
-        proposals = pool.imap(propose, [scene.image for scene in scenes], chunksize=4)
-        return list(zip(scenes, tqdm(proposals, desc=f"proposing masks ({split})", total=count), strict=True))
-
-
-def finetuning_samples(examples: Sequence[Example]) -> list[Sample]:
-    """What the fine-tuning sees: labels are rows of `SEEN`, and 255 where an unseen class is."""
-    row = torch.full((len(CLASSES),), 255)  # (C,)
-    row[[CLASSES.index(name) for name in SEEN]] = torch.arange(len(SEEN))
-    return [
-        Sample(preprocess(scene.image), torch.from_numpy(masks), row[torch.from_numpy(scene.labels).long()])
-        for scene, masks in examples
-    ]
+        items = [dataset[i] for i in tqdm(range(count), desc=f"drawing scenes ({split})")]
+        made = pool.imap(proposals, [read_picture(item.picture) for item in items], chunksize=4)
+        bar = tqdm(made, desc=f"proposing masks ({split})", total=count)
+        named = {item.name: each for item, each in zip(items, bar, strict=True)}
+    return Scenes(**vars(dataset), items=items, proposals=named, settings=proposals.settings)
 
 
 @torch.no_grad()
@@ -295,59 +321,49 @@ def image_scores(clip_model: Any, samples: Sequence[Sample], text: Tensor, logit
     return class_scores(embeddings, text, logit_scale)
 
 
-def encode_mask_aware(clip_model: Any, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Embeddings (B, N, D) of the proposals, and (B, N) bool, which of them contain a patch."""
-    return clip_model.visual(images, masks), valid_masks(clip_model.visual, images, masks)
-
-
-@torch.no_grad()
-def evaluate(encode: Encode, scenes: Sequence[Example], text: Tensor, logit_scale: float, title: str) -> Evaluation:
-    """Segment every scene, the same way for every row: A^c over all classes, O = A^c^T M, argmax.
+def evaluate(scenes: Scenes, scorer: Scorer, title: str) -> Evaluation:
+    """Segment every scene, the same way for every row, as `Evaluator` does.
 
     Args:
-        encode: the row's encoder; proposals that it calls invalid don't vote.
-        scenes: held-out scenes with their proposals.
-        text: (C, D) text embeddings of all classes, seen and unseen.
-        logit_scale: 1 / temperature of A^c.
+        scenes: held out.
+        scorer: what gives the row's A^c.
         title: of the progress bar.
     """
-    metrics = SegmentationMetrics(len(CLASSES), [CLASSES.index(name) for name in UNSEEN])
-    maps, seconds = [], []
-    for scene, proposals in tqdm(scenes, desc=title, leave=None):
-        images, masks = preprocess(scene.image)[None], torch.from_numpy(proposals)[None]
+    evaluator = Evaluator(scenes, scenes, scorer)
+    results = [evaluator(item) for item in tqdm(scenes, desc=title, leave=None)]
+    pixels, masks = (torch.stack(counts).sum(0) for counts in zip(*((r.pixels, r.masks) for r in results), strict=True))
+    return Evaluation(figures(pixels, masks, scenes.unseen), [result.prediction.numpy() for result in results])
+
+
+def cost(scenes: Scenes, scorer: Scorer) -> tuple[float, float]:
+    """1e9 multiply-accumulates, and median seconds, for all proposals of a scene, over `COUNTED_SCENES` of them."""
+    counts, seconds = [], []
+    for item in tqdm(scenes.items[:COUNTED_SCENES], desc="counting multiply-accumulates", leave=False):
+        ask = partial(scorer, read_picture(item.picture), torch.from_numpy(scenes.proposals[item.name].masks))
         started = time.perf_counter()
-        embeddings, valid = encode(images, masks)
+        ask()
         seconds.append(time.perf_counter() - started)
-        prediction = label_map(class_scores(embeddings, text, logit_scale), masks, valid=valid)  # (1, H, W)
-        metrics.update(prediction, torch.from_numpy(scene.labels)[None])
-        maps.append(prediction[0].numpy())
-    return Evaluation(metrics.compute(), maps, statistics.median(seconds))
+        counts.append(count_macs(ask))
+    return statistics.mean(counts) / 1e9, statistics.median(seconds)
 
 
-@torch.no_grad()
-def count_encoder(encode: Encode, example: Example) -> int:
-    """Multiply-accumulates for all proposals of one scene."""
-    scene, proposals = example
-    images, masks = preprocess(scene.image)[None], torch.from_numpy(proposals)[None]
-    return count_macs(lambda: encode(images, masks))
-
-
-def typical_proposals(scenes: Sequence[Example]) -> tuple[Example, list[int], list[list[int]]]:
+def typical_proposals(scenes: Scenes) -> tuple[Item, list[int], list[list[int]]]:
     """The paper's three typical proposals, chosen by the ground truth alone, whatever any model says of them.
 
     Of all things in all scenes, the one for which the worst of three proposals is best by IoU: the thing; one
     stuff beside it, holding less than a tenth of the thing; both together, each at least a quarter of it.
 
     Returns:
-        The scene with its proposals, the indices of the three, and the classes of each.
+        The scene, the indices of the three, and the classes of each.
     """
-    best: tuple[float, Example, list[int], list[list[int]]] | None = None
-    for scene, masks in scenes:
-        pixels = np.eye(len(CLASSES))[scene.labels.ravel()]  # (H*W, C)
+    best: tuple[float, Item, list[int], list[list[int]]] | None = None
+    for item in scenes:
+        masks, present = scenes.proposals[item.name].masks, np.unique(item.labels).tolist()
+        pixels = np.eye(len(CLASSES))[item.labels.ravel()]  # (H*W, C)
         counts = masks.reshape(len(masks), -1) @ pixels  # (N, C)
         areas, totals = counts.sum(1), pixels.sum(0)  # (N,), (C,)
-        for thing in (k for k in scene.present if k < len(THINGS)):
-            for stuff in (k for k in scene.present if k >= len(THINGS)):
+        for thing in (k for k in present if k < len(THINGS)):
+            for stuff in (k for k in present if k >= len(THINGS)):
                 of_thing, of_stuff = counts[:, thing], counts[:, stuff]
                 object_iou = of_thing / (areas + totals[thing] - of_thing)
                 stuff_iou = of_stuff / (areas + totals[stuff] - of_stuff)
@@ -358,33 +374,30 @@ def typical_proposals(scenes: Sequence[Example]) -> tuple[Example, list[int], li
                 quality = float(min(iou.max() for iou in chosen))
                 if best is None or quality > best[0]:
                     indices = [int(iou.argmax()) for iou in chosen]
-                    best = quality, (scene, masks), indices, [[thing], [stuff], [thing, stuff]]
+                    best = quality, item, indices, [[thing], [stuff], [thing, stuff]]
     assert best is not None, "every scene has a thing and a stuff"
     return best[1:]
 
 
-@torch.no_grad()
-def figure_1(scenes: Sequence[Example], rows: dict[str, Row], clip: Any) -> Figure:
+def figure_1(scenes: Scenes, rows: dict[str, Row]) -> Figure:
     """The paper's Figure 1: an object, its background, and both, for the frozen and the fine-tuned CLIP."""
-    (scene, proposals), indices, correct = typical_proposals(scenes)
-    images, masks = preprocess(scene.image)[None], torch.from_numpy(proposals[indices])[None]
-    text, scale = text_classifier(clip, tokenize, CLASSES, TEMPLATES), float(clip.logit_scale.exp())
+    item, indices, correct = typical_proposals(scenes)
+    picture, masks = read_picture(item.picture), scenes.proposals[item.name].masks[indices]  # (H, W, 3), (3, H, W)
     scores = {
-        title: class_scores(rows[name].encode(images, masks)[0][0], text, scale).numpy()  # (3, C)
+        title: rows[name].scorer(picture, torch.from_numpy(masks))[0].numpy()  # (3, C)
         for title, name in (
             ("frozen CLIP (mask & crop)", "frozen_mask_crop"),
             ("mask-aware CLIP", "ip_clip_ma_dis"),
         )
     }
     titles = ["object", "background", "object + background"]
-    return show.typical_proposals(scene.image, proposals[indices], scores, NAMES, correct, titles)
+    return show.typical_proposals(picture, masks, scores, NAMES, correct, titles)
 
 
-def label_maps_figure(scenes: Sequence[Example], rows: dict[str, Row], count: int = 4) -> Figure:
+def label_maps_figure(scenes: Scenes, rows: dict[str, Row], count: int = 4) -> Figure:
     """Label maps of the first `count` scenes in which an unseen class is visible."""
-    unseen = {CLASSES.index(name) for name in UNSEEN}
-    shown = [i for i, (scene, _) in enumerate(scenes) if unseen & set(scene.present)][:count] or [0]
-    maps: dict[str, list[ArrayLike]] = {"ground truth": [scenes[i][0].labels for i in shown]}
+    shown = [i for i, item in enumerate(scenes) if np.isin(item.labels, scenes.unseen).any()][:count] or [0]
+    maps: dict[str, list[ArrayLike]] = {"ground truth": [scenes[i].labels for i in shown]}
     titles = {
         "frozen_mask_crop": "frozen, mask & crop",
         "ip_clip": "IP-CLIP",
@@ -392,7 +405,7 @@ def label_maps_figure(scenes: Sequence[Example], rows: dict[str, Row], count: in
     }
     for name, title in titles.items():
         maps[title] = [rows[name].evaluation.label_maps[i] for i in shown]
-    return show.label_maps([scenes[i][0].image for i in shown], maps, NAMES)
+    return show.label_maps([read_picture(scenes[i].picture) for i in shown], maps, NAMES)
 
 
 def _extend(curve: dict[str, list[float]], iterations: int, evaluation: Evaluation) -> None:
@@ -402,8 +415,8 @@ def _extend(curve: dict[str, list[float]], iterations: int, evaluation: Evaluati
 
 
 def _numbers(seed: int, row: Row) -> dict[str, float]:
-    scores = {key: float(row.evaluation.scores[key]) for key in SCORES}  # type: ignore[literal-required]
-    return {"seed": seed, **scores, "gmacs": row.gmacs, "seconds_per_image": row.evaluation.seconds}
+    scores = {key: row.evaluation.scores[key] for key in SCORES}
+    return {"seed": seed, **scores, "gmacs": row.gmacs, "seconds_per_image": row.seconds}
 
 
 def _summary(name: str, per_seed: list[dict[str, float]]) -> dict[str, Any]:
