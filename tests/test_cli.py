@@ -1,6 +1,8 @@
 """The command line: arguments, errors and exit statuses."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +107,8 @@ def test_ctrl_c_exits_with_130(
     monkeypatch.setattr(maft_adapter.shapes.demo, "run_demo", interrupted)
     assert cli.main(["demo", "--out", str(tmp_path)]) == 130
     assert "stopped" in capsys.readouterr().err
+
+
+def test_python_m_is_the_command() -> None:
+    ran = subprocess.run([sys.executable, "-m", "maft_adapter", "--help"], capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("usage: maft-adapter")
