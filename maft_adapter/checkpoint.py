@@ -554,8 +554,8 @@ def _trained_with(tensors: Mapping[str, Tensor], prefix: str, place: str, own: C
     elif scale is not None:
         depth = 1 + max(int(index) for name in own for index in re.findall(r"blocks\.(\d+)\.", name))
         yield (
-            f"MaskCLIP++'s masks begin at start_layer={depth - len(scale)}, and its mask tokens see the patches of a "
-            "mask without themselves, so embeddings differ"
+            f"MaskCLIP++'s masks begin at start_layer={depth - len(scale)}; from there on its mask tokens do not see "
+            "themselves, and its patches go on seeing the class token, so embeddings differ"
         )
 
 

@@ -145,9 +145,9 @@ def mask_classification_loss(scores: PerImage, labels: PerImage) -> Tensor:
     images that have masks, so that neither many instances nor many classes outweigh others. A batch without masks
     gives a zero that can still be backpropagated. Scores that float32 rounds to 0 count as its smallest normal number.
 
-    MaskCLIP++ asks besides that training keeps to the frozen CLIP's own similarity of masks and words (consistency
-    alignment). That is no term of their loss: class scores have to be an affine function of the cosine, which A^c is
-    before its softmax. Their slope trains, that of A^c is CLIP's `logit_scale`.
+    MaskCLIP++'s consistency alignment is no term of its loss: what it learns besides CLIP may act on the similarities
+    of masks and words only, not on their embeddings; for its ViTs and ResNets it is a linear map of the cosine. A^c is
+    the softmax of one, whose slope, CLIP's `logit_scale`, stays as it is.
 
     Args:
         scores: A^c of the ground-truth masks in [0, 1], (B, K, C) or one (K_b, C) per image.
@@ -283,6 +283,8 @@ class MAFTLoss(nn.Module):
 
 class MaskClassificationLoss(MAFTLoss):
     """MaskCLIP++'s loss in place of L_ma, and lambda * L_dis if wanted; the masks are the ground truth's.
+
+    Those without a patch on the token grid count like the others.
 
     Args:
         distillation_weight: lambda, finite and >= 0. MaskCLIP++ has no such term.

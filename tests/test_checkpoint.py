@@ -323,7 +323,7 @@ RELEASED: dict[str, tuple[Callable[[], Any], Callable[[Any], dict[str, Any]], st
     "MaskCLIP++ EVA-02": (
         eva02,
         lambda tower: maskclippp(as_eva_clip(tower), visual_encoder__mask_logit_scale=torch.ones(2, HEADS)),
-        r"masks begin at start_layer=1, and its mask tokens see the patches of a mask without themselves",
+        "masks begin at start_layer=1; from there on its mask tokens do not see themselves",
     ),
     "MaskCLIP++ EVA-02, words tuned": (
         eva02,
