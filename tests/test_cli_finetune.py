@@ -109,6 +109,21 @@ def test_a_folder_of_pictures_stopped_and_resumed(proposals: str, tree: Path, tm
             assert all(by_iteration[entry["iteration"]][key] == entry[key] for key in entry if key not in drop)
 
 
+def test_the_recipe_of_maskclippp(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--data", "folder", "--root", str(tree), "--recipe", "maskclip++"]
+    out, both = tmp_path / "out", tmp_path / "both"
+    assert run(out, *given) == 0
+    settings = json.loads((out / "settings.json").read_text())
+    expected = {"recipe": "maskclip++", "proposals": "ground-truth", "distillation_weight": 0}
+    assert {key: settings[key] for key in expected} == expected
+    assert all(entry["mask_classification"] > 0 == entry["self_distillation"] for entry in log(out))
+    assert run(both, *given, "--distillation-weight", "1", "--proposals", "ground-truth") == 0
+    assert log(both)[-1]["self_distillation"] > 0
+    assert run(tmp_path / "wrong", *given, "--proposals", "superpixels") == 1
+    assert "--proposals superpixels: --recipe maskclip++ trains on ground-truth masks alone" in capsys.readouterr().err
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_a_folder_with_something_else_is_left_alone(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from ..checkpoint import replace_file, save_mask_aware
 # The paper's iterations (Sec. 5.1); past them seen classes go on rising while unseen ones fall.
 _ITERATIONS = {"voc-20": 100, "voc-20b": 100, "voc-21": 100, "coco-stuff": 1000, "ade20k-150": 5000, "ade20k-847": 5000}
 _TRUTH = "ground-truth"
+_MASKCLIPPP = "maskclip++"
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _KEPT, _LOG, _SETTINGS, _STATE = ".proposals", "log.jsonl", "settings.json", "state.pt"
 _TOWER, _BEST = "tower.safetensors", "best.safetensors"
@@ -48,9 +49,14 @@ def add(commands: Any) -> None:
     finetune.add_argument("--start-layer", type=int, metavar="L", help="(default: two thirds of the depth)")
     finetune.add_argument("--size", type=int, metavar="PIXELS", help="side of the square (default: the model's, 480)")
     finetune.add_argument(
-        "--proposals", default="superpixels", metavar="KIND",
+        "--recipe", choices=("maft", _MASKCLIPPP), default="maft",
+        help=f"maft: L_ma and L_dis; {_MASKCLIPPP}: the cross-entropy of ground-truth masks, as MaskCLIP++ has it, and "
+        "L_dis if --distillation-weight is given (default: maft)",
+    )  # fmt: skip
+    finetune.add_argument(
+        "--proposals", metavar="KIND",
         help=f"superpixels, sam[:MODEL], mask2former[:MODEL], files:PATH; {_TRUTH}, the regions of the labels; or "
-        f"KIND+{_TRUTH}, both (default: %(default)s)",
+        f"KIND+{_TRUTH}, both (default: superpixels; of {_MASKCLIPPP}: {_TRUTH}, which is all that it takes)",
     )  # fmt: skip
     finetune.add_argument("--keep", type=Path, metavar="DIR", help=f"keep proposals there (default: {_KEPT} in --out)")
     finetune.add_argument(
@@ -59,7 +65,7 @@ def add(commands: Any) -> None:
     finetune.add_argument("--batch-size", type=int, default=16, metavar="N", help="of all processes (default: 16)")
     finetune.add_argument("--lr", type=float, help="(default: 1e-5; of shapes, the demo's)")
     finetune.add_argument("--weight-decay", type=float, default=1e-5, help="(default: 1e-5)")
-    finetune.add_argument("--distillation-weight", type=float, default=1.0, help="lambda (default: 1)")
+    finetune.add_argument("--distillation-weight", type=float, help=f"lambda (default: 1; of {_MASKCLIPPP}: 0)")
     finetune.add_argument("--freeze", default="paper", help="row of Table 4(d), released or as_is (default: paper)")
     finetune.add_argument("--seed", type=int, default=0, help="of the order of the pictures (default: 0)")
     finetune.add_argument("--precision", choices=_PRECISIONS, default="fp32", help="weights stay fp32 (default: fp32)")
@@ -101,7 +107,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from ..evaluate import Evaluator, mask_aware_scorer
     from ..extras import extra
     from ..finetune import SegmentationSamples, drawn, finetune
-    from ..losses import MAFTLoss
+    from ..losses import MAFTLoss, MaskClassificationLoss
     from ..models import image_tower
     from ..proposals import Kept, proposer
     from ..proposals.merging import Superpixels
@@ -132,8 +138,20 @@ def _run(arguments: argparse.Namespace) -> int:
     if iterations is None:
         raise ValueError(f"the paper names no iterations for {arguments.data}: give --iterations")
     lr = 1e-5 if lr is None else lr
-    kind = arguments.proposals.removesuffix(f"+{_TRUTH}")
-    truth = arguments.proposals.endswith(_TRUTH)
+    weight, proposals = arguments.distillation_weight, arguments.proposals
+    if arguments.recipe == _MASKCLIPPP:
+        loss: MAFTLoss = MaskClassificationLoss(0.0 if weight is None else weight)
+        proposals = proposals or _TRUTH
+        if proposals != _TRUTH:
+            raise ValueError(
+                f"--proposals {proposals}: --recipe {_MASKCLIPPP} trains on ground-truth masks alone; leave the option "
+                "out, or take --recipe maft"
+            )
+    else:
+        loss = MAFTLoss(distillation_weight=1.0 if weight is None else weight)
+        proposals = proposals or "superpixels"
+    kind = proposals.removesuffix(f"+{_TRUTH}")
+    truth = proposals.endswith(_TRUTH)
 
     accelerator = Accelerator(
         mixed_precision=_PRECISIONS[arguments.precision],
@@ -153,7 +171,8 @@ def _run(arguments: argparse.Namespace) -> int:
         "pictures": len(train), "model": model.source, "templates": list(model.templates),
         "size": arguments.size or model.size, "proposals": given.settings if given else _TRUTH,
         "ground_truth_masks": truth, "iterations": iterations, "lr": lr, "batch_size": arguments.batch_size,
-        "weight_decay": arguments.weight_decay, "distillation_weight": arguments.distillation_weight,
+        "weight_decay": arguments.weight_decay, "recipe": arguments.recipe,
+        "distillation_weight": loss.distillation_weight,
         "freeze": arguments.freeze, "seed": arguments.seed, "precision": arguments.precision,
         "validate_every": arguments.validate_every, "validate_on": arguments.validate_on,
     }  # fmt: skip
@@ -174,7 +193,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if shapes:  # few and small: once is enough
         loader = torch.utils.data.DataLoader(samples, batch_size=None, num_workers=arguments.workers)
         samples = list(loader)
-        if model.class_names is not None:
+        if model.class_names is not None and loss.distillation_weight:
             teacher_scores = image_scores(model.clip.cpu(), samples, text.cpu(), model.logit_scale)
 
     if val is not None:
@@ -196,8 +215,8 @@ def _run(arguments: argparse.Namespace) -> int:
     finetune(
         model.clip if hasattr(model.clip, "visual") else tower, samples, text,
         iterations=iterations, batch_size=arguments.batch_size, lr=lr, weight_decay=arguments.weight_decay,
-        freeze=arguments.freeze, loss=MAFTLoss(distillation_weight=arguments.distillation_weight),
-        logit_scale=model.logit_scale, teacher_scores=teacher_scores if arguments.distillation_weight else None,
+        freeze=arguments.freeze, loss=loss, logit_scale=model.logit_scale,
+        teacher_scores=teacher_scores,
         seed=arguments.seed, num_workers=0 if shapes else arguments.workers, checkpoint=out / _TOWER,
         checkpoint_every=arguments.checkpoint_every, state=out / _STATE, accelerator=accelerator, on_iteration=watch,
     )  # fmt: skip
