@@ -28,6 +28,7 @@ from .masks import check_unit_range
 
 if TYPE_CHECKING:
     from .data import SegmentationDataset
+    from .evaluate import PseudoLabelled
     from .models import Model
     from .proposals import Proposer
 
@@ -323,7 +324,7 @@ class SegmentationSamples(Dataset[Sample]):
     labels take the nearest pixel.
 
     Args:
-        dataset: from `maft_adapter.data.open_dataset`.
+        dataset: from `maft_adapter.data.open_dataset`, as it is or `maft_adapter.evaluate.PseudoLabelled`.
         model: whose mean, standard deviation and patch images are prepared for.
         classes: indices of the data set's classes to train on, in the order of the text classifier; pixels of others
             are ignored.
@@ -345,7 +346,7 @@ class SegmentationSamples(Dataset[Sample]):
 
     def __init__(
         self,
-        dataset: SegmentationDataset,
+        dataset: SegmentationDataset | PseudoLabelled,
         model: Model,
         classes: Sequence[int],
         propose: Proposer | None = None,
