@@ -105,6 +105,7 @@ class World:
 
 _ZERO_SHOT = (Column("seen", "miou_seen"), Column("unseen", "miou_unseen"), Column("hIoU", "hiou"))
 _ALL = (*_ZERO_SHOT, Column("mIoU", "miou"))
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#666666", "#CC79A7")  # of the columns, in the plots
 _CROPS = ("--encoder", "mask-and-crop")
 _UPPER_BOUND = "upper-bound"
 
@@ -236,8 +237,7 @@ def _table_4d(world: World) -> Table:
         source="Table 4(d), COCO-Stuff",
         columns=_ZERO_SHOT,
         rows=tuple(
-            Row(name, () if name == "+conv" else (f"--freeze={name}",), (), published)
-            for name, published in rows.items()
+            Row(name, () if name == "+conv" else ("--freeze", name), (), published) for name, published in rows.items()
         ),
         said="Freezing the MLPs is what keeps the unseen classes.",
     )
@@ -502,37 +502,38 @@ def text(result: Mapping[str, Any]) -> str:
 
 
 def plot(result: Mapping[str, Any]) -> bytes:
-    """The rows as a PNG, ours and the paper's side by side: lines where a number changes, else bars."""
-    figure = Figure(figsize=(9, 2.8), layout="constrained")
-    panels = figure.subplots(1, 2)
+    """The rows as a PNG, ours beside the published ones: lines where a number changes, else bars."""
     rows, columns = result["rows"], result["columns"]
-    colors = ("#0072B2", "#D55E00", "#009E73", "#666666")
     ours = [[cell.split(" ± ") for cell in _cells(row["per_seed"])] for row in rows]
-    theirs = [row["published"] or [None] * len(columns) for row in rows]
-    for k, heading in enumerate(columns):
-        means = [float(cell[k][0]) if cell[k][0] != "-" else float("nan") for cell in ours]
-        spreads = [float(cell[k][1]) if len(cell[k]) > 1 else 0.0 for cell in ours]
-        paper = [float("nan") if k >= len(row) or row[k] is None else row[k] for row in theirs]
-        color = colors[k % len(colors)]
-        if result["x"]:
-            panels[0].errorbar(result["x"], means, spreads, color=color, marker="o", ms=4, capsize=3, label=heading)
-            panels[1].plot(result["x"], paper, color=color, marker="o", ms=4, label=heading)
-        else:
-            places = [i + (k - (len(columns) - 1) / 2) * 0.8 / len(columns) for i in range(len(rows))]
-            width = 0.8 / len(columns)
-            panels[0].bar(places, means, width, yerr=spreads if any(spreads) else None, color=color, label=heading)
-            panels[1].bar(places, paper, width, color=color, label=heading)
-    for panel, title in zip(panels, (f"here: {result['data']}, %", f"published: {result['source']}, %"), strict=True):
-        panel.set_title(title, fontsize=10)
-        panel.tick_params(labelsize=8)
-        panel.grid(axis="y", color="#e3e3e3", lw=0.6)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
-        if result["x"]:
-            panel.set_xticks(result["x"])
-        else:
-            panel.set_xticks(range(len(rows)), [row["name"].replace(" + ", "\n+ ") for row in rows], fontsize=7)
-    panels[0].legend(fontsize=8, frameon=False, ncols=len(columns), loc="upper left", bbox_to_anchor=(0, -0.22))
+    means = [[float(cell[0]) if cell[0] != "-" else float("nan") for cell in row] for row in ours]  # (rows, columns)
+    spreads = [[float(cell[1]) if len(cell) > 1 else 0.0 for cell in row] for row in ours]
+    panels = {f"here: {result['data']}, %": (means, spreads)}
+    if any(row["published"] for row in rows):
+        blank = [None] * len(columns)
+        published = [[figure or float("nan") for figure in row["published"] or blank] for row in rows]
+        panels["published, %"] = (published, [[0.0] * len(columns)] * len(rows))
+    figure = Figure(figsize=(4.5 * len(panels), 3), layout="constrained")
+    for cell, (title, (values, errors)) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for k, heading in enumerate(columns):
+            heights, bars = [row[k] for row in values], [row[k] for row in errors]
+            color, error = _COLORS[k], bars if any(bars) else None
+            if result["x"]:
+                cell.errorbar(result["x"], heights, error, color=color, marker="o", ms=4, capsize=3, label=heading)
+            else:
+                width = 0.8 / len(columns)
+                places = [i + (k - (len(columns) - 1) / 2) * width for i in range(len(rows))]
+                cell.bar(places, heights, width, yerr=error, color=color, label=heading)
+        cell.set_title(title, fontsize=10)
+        cell.tick_params(labelsize=8)
+        cell.grid(axis="y", color="#e3e3e3", lw=0.6)
+        cell.set_axisbelow(True)
+        cell.spines[["top", "right"]].set_visible(False)
+        names = [row["name"].replace(" + ", "\n+ ").replace(", ", ",\n") for row in rows]
+        cell.set_xticks(result["x"] or range(len(rows)), names, fontsize=7)
+    handles, labels = cell.get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, frameon=False, ncols=len(columns), loc="outside lower center")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
