@@ -9,6 +9,15 @@ from collections.abc import Sequence
 from . import data, demo, embed, evaluate, finetune, search, segment
 
 
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    whole = argparse.ArgumentParser(prog="maft-adapter", description="Mask-aware CLIP (MAFT, NeurIPS 2023).")
+    commands = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (segment, embed, search, data, finetune, evaluate, demo):
+        command.add(commands)
+    return whole
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status.
 
@@ -19,11 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 if something failed, such as a missing library; 130 after Ctrl-C. Wrong arguments exit with 2, as argparse
         does.
     """
-    parser = argparse.ArgumentParser(prog="maft-adapter", description="Mask-aware CLIP (MAFT, NeurIPS 2023).")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (segment, embed, search, data, finetune, evaluate, demo):
-        command.add(commands)
-    arguments = parser.parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
