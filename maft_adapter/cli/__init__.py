@@ -9,6 +9,15 @@ from collections.abc import Sequence
 from . import data, demo, embed, evaluate, finetune, paper, search, segment
 
 
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    whole = argparse.ArgumentParser(prog="maft-adapter", description="Mask-aware CLIP (MAFT, NeurIPS 2023).")
+    commands = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (segment, embed, search, data, finetune, evaluate, demo, paper):
+        command.add(commands)
+    return whole
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status.
 
