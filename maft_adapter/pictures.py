@@ -40,6 +40,9 @@ SUFFIXES = (
     ".webp",
 )
 
+# What `Segmentation.save` writes for NAME.
+OUTPUTS = (".png", "_overlay.jpg", ".json")
+
 # Prompts by their names in the literature: CLIP's one, and the 14 of ViLD, which MAFT and its hosts use.
 _SIZES = ("small", "medium", "large")
 PROMPTS = {
@@ -506,12 +509,16 @@ class Segmentation:
             The three paths.
 
         Raises:
-            ValueError: the picture has no name and none was given.
+            ValueError: the picture has no name and none was given, or one of the files would replace the picture itself.
             OSError: a file can't be written.
         """
         name = Path(self.name).stem if name is None else name
         if not name:
             raise ValueError("the picture came without a file's name: give name=")
+        paths = [Path(folder, f"{name}{end}") for end in OUTPUTS]
+        for path in paths:
+            if path.exists() and os.path.exists(self.name) and path.samefile(self.name):
+                raise ValueError(f"{path} would replace the picture {self.name}: give another folder or name=")
         labels, overlay = io.BytesIO(), io.BytesIO()
         picture = Image.fromarray(self.label_map)
         if self.ignore_index == 255:
@@ -524,16 +531,15 @@ class Segmentation:
         self.overlay().save(overlay, "JPEG", quality=90)
         coco = self.coco()
         pixels = np.bincount(self.label_map.ravel(), minlength=len(self.class_names))
-        files = {f"{name}.png": labels.getvalue(), f"{name}_overlay.jpg": overlay.getvalue()}
+        files = [labels.getvalue(), overlay.getvalue()]
         coco["info"] |= {
             "pixels": {str(k + 1): int(pixels[k]) for k in np.flatnonzero(pixels[: len(self.class_names)])},
-            "sha256": {Path(file).name: hashlib.sha256(data).hexdigest() for file, data in files.items()},
+            "sha256": {path.name: hashlib.sha256(data).hexdigest() for path, data in zip(paths, files, strict=False)},
             **(info or {}),
         }
-        files[f"{name}.json"] = (json.dumps(coco, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="replace")
-        paths = [Path(folder, file) for file in files]
+        files.append((json.dumps(coco, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="replace"))
         paths[0].parent.mkdir(parents=True, exist_ok=True)
-        for path, data in zip(paths, files.values(), strict=True):
+        for path, data in zip(paths, files, strict=True):
             replace_file(path, data)
         return paths
 

@@ -469,6 +469,24 @@ def test_saved_files_open_and_say_the_same(tmp_path: Path) -> None:
         segmenter(proposals=Given(MASKS))(SCENE.image).save(tmp_path)
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_the_picture_itself_is_never_replaced(linked: bool, tmp_path: Path) -> None:
+    path = tmp_path / "photos" / "p.png"
+    path.parent.mkdir()
+    Image.fromarray(SCENE.image).save(path)
+    folder = path.parent
+    if linked:  # the folder by another name
+        folder = tmp_path / "link"
+        folder.symlink_to(path.parent)
+    before = path.read_bytes()
+    result = segmenter(proposals=Given(MASKS))(path)
+    with pytest.raises(ValueError, match=r"p\.png would replace the picture .*p\.png: give another folder or name="):
+        result.save(folder)
+    assert path.read_bytes() == before and os.listdir(path.parent) == ["p.png"]
+    assert [each.name for each in result.save(folder, "p_labels")][0] == "p_labels.png"
+    assert path.read_bytes() == before
+
+
 def test_more_than_255_classes_have_16_bits(tmp_path: Path) -> None:
     pairs = itertools.islice(itertools.combinations(CLASSES, 2), 300)
     names = [f"{first} and {second}" for first, second in pairs]
