@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maft_adapter import cli, pictures
+from maft_adapter import cli, data, pictures
 from maft_adapter.cli.segment import KEPT, MARK, output_names, read_classes
 from maft_adapter.pictures import Segmenter
 from maft_adapter.shapes import CLASSES, render_scene
@@ -264,24 +264,33 @@ def test_classes_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", "no classes, or an empty name"),
-        (b"swan,\nriver", "no classes, or an empty name"),
-        (b"1:a\n1:b", "index 1 comes more than once"),
-        (b"0:invalid_class_id", "no classes"),
-        (b"\xff\xfes\x00w\x00", "not a text file in UTF-8"),
+        (b"", " names no class"),
+        (b"swan,\nriver", "'swan,' has an empty name"),
+        (b"1:a\n1:b", "have the same index"),
+        (b"0:invalid_class_id", " names no class"),
+        (b"\xff\xfes\x00w\x00", " is no list of class names"),
     ],
 )
 def test_files_of_classes_that_are_broken(text: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_bytes(text)
-    with pytest.raises(ValueError, match=rf"--classes {tmp_path}/classes.txt: {message}"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}/classes.txt.*{message}"):
         read_classes(str(tmp_path / "classes.txt"))
 
 
-def test_classes_of_the_command_line() -> None:
-    assert read_classes(" swan,river / brook") == [("swan",), ("river / brook",)]
+def test_classes_of_the_data_sets_and_json_lists(tmp_path: Path) -> None:
+    names = Path(data.__file__).parent / "names" / "voc-20.plain.txt"  # its first line is a comment
+    assert read_classes(str(names))[:2] == [("aeroplane",), ("bicycle",)]
+    (tmp_path / "classes.json").write_text('["swan, white bird", "river"]')
+    assert read_classes(str(tmp_path / "classes.json")) == [("swan", "white bird"), ("river",)]
+
+
+def test_classes_of_the_command_line(tmp_path: Path) -> None:
+    assert read_classes(" swan,river / brook, St. Bernard") == [("swan",), ("river / brook",), ("St. Bernard",)]
+    assert read_classes("St. Bernard") == [("St. Bernard",)]
     assert len(read_classes(",".join(f"class {k}" for k in range(1000)))) == 1000
-    for given, message in {"a,,b": "empty name", "classes.txt": "no such file", "x/classes": "no such file"}.items():
-        with pytest.raises(ValueError, match=message):
+    files = ["clases.txt", "classes.names", "classes.json", "x/classes", str(tmp_path)]
+    for given, message in {"a,,b": "empty name", "": "no classes", **dict.fromkeys(files, "no such file")}.items():
+        with pytest.raises(ValueError, match=rf"--classes {given}: .*{message}"):
             read_classes(given)
 
 

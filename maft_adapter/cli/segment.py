@@ -7,7 +7,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from .options import add_pictures, model_options
 
 MARK = ".maft-adapter"  # of a folder that this command writes to
 KEPT = ".proposals"  # in that folder
+_TEXT = (".csv", ".json", ".list", ".lst", ".md", ".names", ".tsv", ".txt", ".yaml", ".yml")  # of files of classes
 
 
 def add(commands: Any) -> None:
@@ -41,7 +41,8 @@ def add(commands: Any) -> None:
     segment.add_argument(
         "--classes", metavar="LIST",
         help="names with commas between them, or a file: a class a line, synonyms with commas between them, also with "
-        "INDEX: before each (default: those of the embedded world, which needs no --model)",
+        "INDEX: before each, or a JSON list; labels count the classes from 0 in the order of the file, whatever INDEX "
+        "says (default: those of the embedded world, which needs no --model)",
     )  # fmt: skip
     segment.add_argument("--background", metavar="WORDS", help="one more class, whose pixels are left unlabelled")
     segment.add_argument(
@@ -67,40 +68,28 @@ def read_classes(given: str) -> list[tuple[str, ...]]:
     """The classes of `--classes`.
 
     Args:
-        given: names with commas between them, or the path of a file in UTF-8: a class a line, its synonyms with commas
-            between them; or `INDEX:name,synonym` a line, as open-vocabulary work has them, in the order of the lines,
-            of which `0:invalid_class_id` is left out.
+        given: names with commas between them, or the path of a file, whose forms are those of
+            `maft_adapter.data.read_classes`. Label k is the file's k-th class, from 0 on; numbers in it don't count.
 
     Raises:
-        ValueError: no classes, an empty name, an index that comes twice; or a path that leads to no file.
+        ValueError: no classes, an empty name or one that comes twice; or what looks like a path but leads to no file.
+        OSError: the file can't be read.
 
     Example:
         >>> read_classes("swan, red river")
         [('swan',), ('red river',)]
     """
-    path = Path(given)
-    if not os.path.isfile(given):  # of a long list, Path.is_file raises
-        if path.suffix == ".txt" or ("," not in given and os.sep in given):
-            raise ValueError(f"--classes {given}: no such file")
-        lines = [[name] for name in given.split(",")]
-    else:
-        try:
-            text = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--classes {given}: not a text file in UTF-8 ({error})") from error
-        indexed = [re.fullmatch(r"(\d+)\s*:\s*(.+)", line) for line in text]
-        if text and all(indexed):
-            found = [(int(match[1]), match[2]) for match in indexed if match]
-            indices = [index for index, _ in found]
-            twice = sorted({index for index in indices if indices.count(index) > 1})
-            if twice:
-                raise ValueError(f"--classes {given}: index {twice[0]} comes more than once")
-            text = [names for _, names in found if names != "invalid_class_id"]
-        lines = [line.split(",") for line in text]
-    classes = [tuple(name.strip() for name in names) for names in lines]
-    if not classes or not all(all(names) for names in classes):
+    from ..data import read_classes as read_file
+
+    if os.path.isfile(given):  # of a long list, Path.is_file raises
+        return list(read_file(given).names)
+    # One word may be a class; one that is written as paths are is a file that was mistyped.
+    if os.path.isdir(given) or ("," not in given and (os.sep in given or Path(given).suffix in _TEXT)):
+        raise ValueError(f"--classes {given}: no such file; a class of that name has to stand in a file")
+    names = [name.strip() for name in given.split(",")]
+    if not all(names):
         raise ValueError(f"--classes {given}: no classes, or an empty name; is there a comma too much?")
-    return classes
+    return [(name,) for name in names]
 
 
 def output_names(pictures: Sequence[Path]) -> tuple[Path, list[str]]:
