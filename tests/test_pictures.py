@@ -394,7 +394,12 @@ def test_other_words_and_masks_without_encoding_the_image_again(monkeypatch: pyt
 
     monkeypatch.setattr("maft_adapter.pictures.encode_features", refuse)
     calls: list[Any] = []
-    monkeypatch.setattr("maft_adapter.pictures.text_classifier", lambda *a: calls.append(a) or text_classifier(*a))
+
+    def count(*arguments: Any) -> torch.Tensor:
+        calls.append(arguments)
+        return text_classifier(*arguments)
+
+    monkeypatch.setattr("maft_adapter.pictures.text_classifier", count)
     for same in (tuple(words), (word for word in words), [*words[:1], [*words[1]], *words[2:]]):
         np.testing.assert_array_equal(result.relabel(same).scores, result.relabel(words).scores)
     assert len(calls) == 1  # the words are not encoded again, either
