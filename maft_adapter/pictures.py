@@ -60,13 +60,12 @@ SUFFIXES = tuple(
     )
 )
 
-_JPEG = 65_500  # pixels a side
 MARK = ".maft-adapter"  # the name of a file in folders that `maft-adapter segment` writes to
+OUTPUTS = (".png", "_overlay.jpg", ".json")  # what `Segmentation.save` writes behind NAME
 
+_JPEG = 65_500  # pixels a side that the format can hold
 _PIXELS = 2**20  # of a label map that are made at a time
 _TEXTS = 16  # lists of classes whose embeddings a segmenter keeps
-# What `Segmentation.save` writes for NAME.
-OUTPUTS = (".png", "_overlay.jpg", ".json")
 
 # Prompts by their names in the literature: CLIP's one, and the 14 of ViLD, which MAFT and its hosts use.
 _SIZES = ("small", "medium", "large")
@@ -182,10 +181,12 @@ def find_pictures(
                 found.setdefault(whole, path)
             else:
                 passed[folder] = None
+    if not found and passed:
+        raise ValueError(f"no pictures are left: {', '.join(passed)} holds outputs of maft-adapter segment")
+    if not found:
+        raise ValueError("no pictures were named: give files, folders or patterns")
     for folder in passed:
         note(f"{folder} holds outputs of maft-adapter segment, which are not taken for pictures")
-    if not found:
-        raise ValueError("no pictures are left" if passed else "no pictures were named: give files, folders, patterns")
     if not any(map(os.path.lexists, found)):
         raise FileNotFoundError(f"{', '.join(map(str, found.values()))}: no such file or folder")
     return list(found.values())
@@ -375,7 +376,8 @@ class Segmentation:
     """What a `Segmenter` found in one picture, with C classes and N masks.
 
     It holds what the image contributes to any mask (22 MB for ViT-B/16 at 480), so new words and new masks cost
-    milliseconds: `relabel`, `ask`.
+    milliseconds: `relabel`, `ask`. The masks take N x H x W bytes, four times that if they are soft; beside them and
+    the models, a picture of 12 megapixels needs 0.3 GB at most, whatever the number of classes.
 
     Attributes:
         picture: (H, W, 3) uint8 RGB.
