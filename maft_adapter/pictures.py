@@ -7,8 +7,9 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,13 +33,39 @@ with extra("pictures"):
 if TYPE_CHECKING:
     import supervision
 
-__all__ = ["PROMPTS", "SUFFIXES", "Segmentation", "Segmenter", "find_pictures", "prepare", "prompts", "read_picture"]
+__all__ = [
+    "MARK",
+    "OUTPUTS",
+    "PROMPTS",
+    "SUFFIXES",
+    "Segmentation",
+    "Segmenter",
+    "find_pictures",
+    "prepare",
+    "prompts",
+    "read_picture",
+]
 
-# Of the files that count as pictures in a folder; a file that is named is read whatever its suffix.
-SUFFIXES = (
-    *(".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff"),
-    ".webp",
+# Of the files that count as pictures in a folder; a file that is named is read whatever its suffix. They are those of
+# what PIL reads without other programs, but for data and videos, and common ones of pictures that it reads with plugins
+# only: without these, such files are reported when they are read, and not passed over.
+SUFFIXES = tuple(
+    sorted(
+        {
+            suffix
+            for suffix, kind in Image.registered_extensions().items()
+            if kind in Image.OPEN and kind not in ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
+        }
+        | {".avif", ".heic", ".heif", ".hif", ".jxl"}
+    )
 )
+
+MARK = ".maft-adapter"  # the name of a file in folders that `maft-adapter segment` writes to
+OUTPUTS = (".png", "_overlay.jpg", ".json")  # what `Segmentation.save` writes behind NAME
+
+_JPEG = 65_500  # pixels a side that the format can hold
+_PIXELS = 2**20  # of a label map that are made at a time
+_TEXTS = 16  # lists of classes whose embeddings a segmenter keeps
 
 # Prompts by their names in the literature: CLIP's one, and the 14 of ViLD, which MAFT and its hosts use.
 _SIZES = ("small", "medium", "large")
@@ -75,7 +102,7 @@ def read_picture(source: Any) -> NDArray[np.uint8]:
         ValueError: no picture: empty, truncated, of an unknown format, with values whose range is not known, or of more
             pixels than PIL takes for harmless (`PIL.Image.MAX_IMAGE_PIXELS`, 89 million); or an array that is not as
             above. The path is named.
-        OSError: the file is missing, a broken link, a folder or not to be read. The path is named.
+        OSError: the file is missing, a broken link, no regular file or not to be read. The path is named.
 
     Example:
         >>> read_picture(Image.new("CMYK", (4, 2))).shape
@@ -89,6 +116,8 @@ def read_picture(source: Any) -> NDArray[np.uint8]:
         what = str(source)
         if os.path.islink(source) and not os.path.exists(source):
             raise FileNotFoundError(f"{what} is a link to {os.readlink(what)}, which does not exist")
+        if os.path.exists(source) and not os.path.isfile(source):  # to read a pipe may take for ever
+            raise OSError(f"{what} is a folder, a pipe or a device, expected a file")
         data = Path(source).read_bytes()
     elif isinstance(source, bytes) or hasattr(source, "read"):
         data = source if isinstance(source, bytes) else source.read()
@@ -100,26 +129,32 @@ def read_picture(source: Any) -> NDArray[np.uint8]:
     try:
         image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError as error:
-        raise ValueError(f"{what} is no picture of a format that PIL knows") from error
+        raise ValueError(f"{what} is no picture of a format that PIL knows; save it as PNG or JPEG") from error
     except Exception as error:  # of any kind, depending on which byte is damaged
         raise ValueError(f"{what} can't be read as a picture: {error or repr(error)}") from error
     return _decoded(image, what)
 
 
-def find_pictures(arguments: Sequence[str | os.PathLike[str]]) -> list[Path]:
+def find_pictures(
+    arguments: Sequence[str | os.PathLike[str]], note: Callable[[str], object] = warnings.warn
+) -> list[Path]:
     """The pictures that paths, folders and patterns name, each once.
+
+    What `maft-adapter segment` has written is no picture, unless its file itself is named.
 
     Args:
         arguments: files, whatever their suffix; folders, whose files with a suffix of `SUFFIXES` are taken, sub-folders
             included, in alphabetic order, what begins with a dot left out; patterns as the shell has them, `**` for any
-            sub-folders. Links to files are taken, also broken ones, which `read_picture` reports; links to folders
-            inside folders are not followed.
+            sub-folders. Links to files are taken; links to folders inside folders are not followed. What
+            `read_picture` reports is taken, too: broken links, pipes, formats that PIL can't read, and paths that lead
+            nowhere, as long as one argument leads somewhere.
+        note: called with a line about each folder that was passed over because it holds outputs.
 
     Returns:
         Paths in the order of the arguments; one that is named twice comes once, at its first place.
 
     Raises:
-        OSError: an argument names nothing, or a folder can't be read.
+        OSError: no argument leads anywhere, or a folder can't be read.
         ValueError: a folder or a pattern without any picture, or no arguments.
 
     Example:
@@ -130,21 +165,30 @@ def find_pictures(arguments: Sequence[str | os.PathLike[str]]) -> list[Path]:
         ['a b.png']
     """
     found: dict[str, Path] = {}
+    passed: dict[str, None] = {}
     for argument in arguments:
         text = os.fspath(argument)
-        if os.path.lexists(text):
-            named = [text]
-        elif glob.has_magic(text):
-            named = sorted(glob.glob(text, recursive=True))
-        else:
-            raise FileNotFoundError(f"{text}: no such file or folder")
+        if os.path.isfile(text) or not (os.path.lexists(text) or glob.has_magic(text)):
+            found.setdefault(os.path.abspath(text), Path(text))
+            continue
+        named = [text] if os.path.lexists(text) else sorted(glob.glob(text, recursive=True))
         pictures = [path for name in named for path in (_in_folder(name) if os.path.isdir(name) else (Path(name),))]
         if not pictures:
             raise ValueError(f"{text}: no pictures there; their suffixes are {', '.join(SUFFIXES)}")
         for path in pictures:
-            found.setdefault(os.path.abspath(path), path)
+            whole = os.path.abspath(path)
+            if (folder := _outputs(os.path.dirname(whole))) is None:
+                found.setdefault(whole, path)
+            else:
+                passed[folder] = None
+    if not found and passed:
+        raise ValueError(f"no pictures are left: {', '.join(passed)} holds outputs of maft-adapter segment")
     if not found:
         raise ValueError("no pictures were named: give files, folders or patterns")
+    for folder in passed:
+        note(f"{folder} holds outputs of maft-adapter segment, which are not taken for pictures")
+    if not any(map(os.path.lexists, found)):
+        raise FileNotFoundError(f"{', '.join(map(str, found.values()))}: no such file or folder")
     return list(found.values())
 
 
@@ -281,7 +325,7 @@ class Segmenter:
         self.size, self.keep_aspect, self.multiple = size, keep_aspect, smallest_side(self.tower)
         self.logit_scale = float(clip.logit_scale.detach().exp()) if hasattr(clip, "logit_scale") else 100.0
         self._texts: dict[str, Tensor] = {}
-        self.class_names = list(class_names) if not isinstance(class_names, str) else class_names
+        self.class_names = _listed(class_names)
         self.text(self.class_names)
 
     @torch.no_grad()
@@ -304,14 +348,19 @@ class Segmenter:
         features = encode_features(self.clip, image[None].to(self.device, self.dtype))
         return self._asked(pixels, name, features, proposals, self.class_names)
 
-    def text(self, class_names: Sequence[str | Sequence[str]]) -> Tensor:
-        """The embeddings (C, D) of classes, or (C + 1, D) with the background's; computed once for the same words."""
-        key = repr(class_names)
-        if key not in self._texts:
+    def text(self, class_names: Iterable[str | Sequence[str]]) -> Tensor:
+        """The embeddings (C, D) of classes, or (C + 1, D) with the background's; kept for the latest few lists."""
+        classes = _listed(class_names)
+        key = repr(classes)
+        text = self._texts.pop(key, None)
+        if text is None:
             background = [] if self.background is None else [self.background]
-            classes = class_names if isinstance(class_names, str) else [*class_names, *background]
-            self._texts[key] = text_classifier(self.clip, self.tokenizer, classes, self.templates, self.device)
-        return self._texts[key]
+            listed = classes if isinstance(classes, str) else [*classes, *background]
+            text = text_classifier(self.clip, self.tokenizer, listed, self.templates, self.device)
+        self._texts[key] = text
+        if len(self._texts) > _TEXTS:
+            self._texts.pop(next(iter(self._texts)))
+        return text
 
     def _asked(
         self, picture: NDArray[np.uint8], name: str, features: ImageFeatures, proposals: Proposals, class_names: Any
@@ -327,7 +376,8 @@ class Segmentation:
     """What a `Segmenter` found in one picture, with C classes and N masks.
 
     It holds what the image contributes to any mask (22 MB for ViT-B/16 at 480), so new words and new masks cost
-    milliseconds: `relabel`, `ask`.
+    milliseconds: `relabel`, `ask`. The masks take N x H x W bytes, four times that if they are soft; beside them and
+    the models, a picture of 12 megapixels needs 0.3 GB at most, whatever the number of classes.
 
     Attributes:
         picture: (H, W, 3) uint8 RGB.
@@ -384,10 +434,15 @@ class Segmentation:
 
         Unlabelled are pixels of the background and those that no valid mask covers.
         """
-        masks, valid = torch.from_numpy(self.masks), torch.from_numpy(self.valid)
-        labels = label_map(self._scores.cpu(), masks, ignore_index=-1, valid=valid)  # (H, W)
-        labels[(labels < 0) | (labels >= len(self.class_names))] = self.ignore_index
-        return labels.numpy().astype(np.uint8) if self.ignore_index == 255 else labels.numpy().astype(np.uint16)
+        masks, valid, scores = torch.from_numpy(self.masks), torch.from_numpy(self.valid), self._scores.cpu()
+        height, width = self.picture.shape[:2]
+        labels = np.empty((height, width), np.uint8 if self.ignore_index == 255 else np.uint16)
+        rows = max(1, _PIXELS // width)  # at a time, as `label_map` gives int64
+        for y in range(0, height, rows):
+            part = label_map(scores, masks[:, y : y + rows], ignore_index=-1, valid=valid)  # (rows, W)
+            part[(part < 0) | (part >= len(self.class_names))] = self.ignore_index
+            labels[y : y + rows] = part.numpy()
+        return labels
 
     def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
         """The k best classes of each mask with their scores, best first.
@@ -400,17 +455,15 @@ class Segmentation:
         order = np.argsort(-self.scores, axis=1, kind="stable")[:, :k]  # (N, k)
         return [[(self.names[c], float(row[c])) for c in best] for row, best in zip(self.scores, order, strict=True)]
 
-    def relabel(self, class_names: Sequence[str | Sequence[str]]) -> Segmentation:
+    def relabel(self, class_names: Iterable[str | Sequence[str]]) -> Segmentation:
         """The same picture and masks with other words; the image is not encoded again.
 
         Raises:
             TypeError, ValueError: as `text_classifier`.
         """
-        self.segmenter.text(class_names)
-        return Segmentation(
-            self.picture, self.name, self.proposals, self.embeddings, self.valid, list(class_names), self.features,
-            self.segmenter,
-        )  # fmt: skip
+        classes = _listed(class_names)
+        self.segmenter.text(classes)
+        return replace(self, class_names=classes)
 
     @torch.no_grad()
     def ask(self, masks: NDArray[Any] | Proposals) -> Segmentation:
@@ -437,28 +490,33 @@ class Segmentation:
         """COCO's annotations of the picture: a dictionary for `json.dump`.
 
         Every valid mask is one annotation: `segmentation` (compressed RLE of where it is at least 0.5), `area`, `bbox`
-        XYWH, `category_id` of its best class, `score`, `top5` (pairs of a category's id and its score), and
-        `proposal_score` where the proposer says one. Ids begin at 1, as COCO's do: category k + 1 is label k of the
-        label map.
+        XYWH, `category_id` of its best class, `score`, `top5` (pairs of a category's id and its score), `proposal` (its
+        index in `masks`), and `proposal_score` where the proposer says one. The indices of the others, which are empty
+        or contain no patch of the token grid, stand under "info" as `left_out`. Ids begin at 1, as COCO's do: category
+        k + 1 is label k of the label map.
         """
         from .proposals.convert import to_rle
 
         height, width = self.picture.shape[:2]
         best = np.argsort(-self.scores, axis=1, kind="stable")[:, :5]  # (N, 5)
         annotations: list[dict[str, Any]] = []
-        for n in self._shown():
+        for n in self._shown:
             (rle,) = to_rle(self._inside(n)[None])
             top5 = [[int(c) + 1, round(float(self.scores[n, c]), 6)] for c in best[n]]
             annotation = {
                 "id": len(annotations) + 1, "image_id": 1, "category_id": top5[0][0], "segmentation": rle,
                 "area": int(self._inside(n).sum()), "bbox": _box(self._inside(n)), "iscrowd": 0,
-                "score": top5[0][1], "top5": top5,
+                "score": top5[0][1], "top5": top5, "proposal": n,
             }  # fmt: skip
             if self.proposal_scores is not None:
                 annotation["proposal_score"] = round(float(self.proposal_scores[n]), 6)
             annotations.append(annotation)
         return {
-            "info": {"description": "category k + 1 is label k of the label map", "unlabelled": self.ignore_index},
+            "info": {
+                "description": "category k + 1 is label k of the label map",
+                "unlabelled": self.ignore_index,
+                "left_out": self._left_out,
+            },
             "images": [{"id": 1, "file_name": Path(self.name).name, "width": width, "height": height}],
             "categories": [
                 {"id": k + 1, "name": name, "synonyms": [name] if isinstance(given, str) else list(given)}
@@ -470,19 +528,24 @@ class Segmentation:
     def detections(self) -> supervision.Detections:
         """Every valid mask as one of `supervision.Detections`: its box XYXY, class and score.
 
-        `class_id` are labels of the label map, `data["class_name"]` their names.
+        `class_id` are labels of the label map, `data["class_name"]` their names, `data["proposal"]` the indices of the
+        masks in `masks`; those of the masks that are left out stand in `metadata["left_out"]`.
         """
         with extra("pictures"):
             import supervision
 
-        shown = self._shown()
-        masks = np.array([self._inside(n) for n in shown], bool).reshape(-1, *self.picture.shape[:2])
+        shown, masks = self._shown, self.masks
+        if self._left_out:  # else not copied, as many large ones are gigabytes
+            masks = masks[shown]
+        masks = masks if masks.dtype == np.bool_ else masks >= 0.5
         boxes = np.array([_box(mask) for mask in masks], np.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         classes = self.scores[shown].argmax(1)
         return supervision.Detections(
-            boxes, masks, self.scores[shown].max(1), classes, data={"class_name": np.array(self.names)[classes]}
-        )
+            boxes, masks, self.scores[shown].max(1), classes,
+            data={"class_name": np.array(self.names)[classes], "proposal": np.array(shown, int)},
+            metadata={"left_out": self._left_out},
+        )  # fmt: skip
 
     def save(
         self, folder: str | os.PathLike[str], name: str | None = None, info: Mapping[str, Any] | None = None
@@ -491,7 +554,7 @@ class Segmentation:
 
         - NAME.png: the label map, 8 bits with the palette of `show.class_colors`, or 16 bits for more than 255 classes;
           unlabelled is 255 or 65535.
-        - NAME_overlay.jpg: `overlay()`.
+        - NAME_overlay.jpg: `overlay()`; of more than 65,500 pixels a side, which JPEG can't hold, made smaller.
         - NAME.json: `coco()`, with the SHA-256 of the other two under "info". It is written last, so where it is, the
           others are, too.
 
@@ -506,12 +569,16 @@ class Segmentation:
             The three paths.
 
         Raises:
-            ValueError: the picture has no name and none was given.
+            ValueError: the picture has no name and none was given, or a file would replace the picture itself.
             OSError: a file can't be written.
         """
         name = Path(self.name).stem if name is None else name
         if not name:
             raise ValueError("the picture came without a file's name: give name=")
+        paths = [Path(folder, f"{name}{end}") for end in OUTPUTS]
+        for path in paths:
+            if path.exists() and os.path.exists(self.name) and path.samefile(self.name):
+                raise ValueError(f"{path} would replace the picture {self.name}: give another folder or name=")
         labels, overlay = io.BytesIO(), io.BytesIO()
         picture = Image.fromarray(self.label_map)
         if self.ignore_index == 255:
@@ -521,29 +588,42 @@ class Segmentation:
             palette[: len(self.class_names)] = class_colors(len(self.class_names))
             picture.putpalette(palette.tobytes())
         picture.save(labels, "PNG")
-        self.overlay().save(overlay, "JPEG", quality=90)
+        shown = self.overlay()
+        shown.thumbnail((_JPEG, _JPEG))
+        shown.save(overlay, "JPEG", quality=90)
         coco = self.coco()
         pixels = np.bincount(self.label_map.ravel(), minlength=len(self.class_names))
-        files = {f"{name}.png": labels.getvalue(), f"{name}_overlay.jpg": overlay.getvalue()}
+        files = [labels.getvalue(), overlay.getvalue()]
         coco["info"] |= {
             "pixels": {str(k + 1): int(pixels[k]) for k in np.flatnonzero(pixels[: len(self.class_names)])},
-            "sha256": {Path(file).name: hashlib.sha256(data).hexdigest() for file, data in files.items()},
+            "sha256": {path.name: hashlib.sha256(data).hexdigest() for path, data in zip(paths, files, strict=False)},
             **(info or {}),
         }
-        files[f"{name}.json"] = (json.dumps(coco, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="replace")
-        paths = [Path(folder, file) for file in files]
+        files.append((json.dumps(coco, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="replace"))
         paths[0].parent.mkdir(parents=True, exist_ok=True)
-        for path, data in zip(paths, files.values(), strict=True):
+        for path, data in zip(paths, files, strict=True):
             replace_file(path, data)
         return paths
 
+    @cached_property
     def _shown(self) -> list[int]:
         """The valid masks that are not empty."""
         return [n for n in np.flatnonzero(self.valid).tolist() if self._inside(n).any()]
 
+    @property
+    def _left_out(self) -> list[int]:
+        return sorted(set(range(len(self.masks))) - set(self._shown))
+
     def _inside(self, n: int) -> NDArray[np.bool_]:
         mask = self.masks[n]  # (H, W)
         return mask if mask.dtype == np.bool_ else mask >= 0.5
+
+
+def _listed(class_names: Iterable[str | Sequence[str]]) -> Any:
+    """Classes as a list, whose `repr` tells equal ones; what is none of it is left to `text_classifier`'s errors."""
+    if isinstance(class_names, str):
+        return class_names
+    return [tuple(names) if isinstance(names, list) else names for names in class_names]
 
 
 # Reading
@@ -589,6 +669,12 @@ def _rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _outputs(folder: str) -> str | None:
+    """The folder itself or one around it, if `maft-adapter segment` writes to it."""
+    around = (folder, *map(str, Path(folder).parents))
+    return next((each for each in around if os.path.isfile(os.path.join(each, MARK))), None)
 
 
 def _in_folder(folder: str) -> Iterator[Path]:

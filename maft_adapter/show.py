@@ -152,7 +152,7 @@ def labelled(
 
     Returns:
         As wide as the picture and higher by the legend; pictures of less than 320 pixels a side are enlarged by a
-        whole number, and the legend is at least 320 pixels wide.
+        whole number, and the legend is at least 320 pixels wide, and wider where a name needs it.
 
     Raises:
         ValueError: shapes that don't match, or other labels.
@@ -181,17 +181,19 @@ def labelled(
     if factor > 1:
         out, labels = (array.repeat(factor, 0).repeat(factor, 1) for array in (out, labels))
     height, width = labels.shape
-    line = max(1, round(max(height, width) / 500))
+    side = (height * width) ** 0.5  # of a square of as many pixels: neither side, where they differ much
+    line = max(1, round(side / 500))
     out[line:][labels[line:] != labels[:-line]] = 255
     out[:, line:][labels[:, line:] != labels[:, :-line]] = 255
 
-    size = max(13, round(max(height, width) / 40))
+    size = max(13, round(side / 40))
     font = ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
-    room = max(320, width)
+    found = np.argsort(-areas, kind="stable")[: np.count_nonzero(areas)]
+    texts = [f"{class_names[k]} {100 * areas[k] / total:.0f} %" for k in found]
+    lengths = [round(1.4 * size + font.getlength(text)) for text in texts]
+    room = max(320, width, *(length + size for length in lengths))
     entries, x, y = [], size // 2, size // 2
-    for k in np.argsort(-areas, kind="stable")[: np.count_nonzero(areas)]:
-        text = f"{class_names[k]} {100 * areas[k] / total:.0f} %"
-        length = round(1.4 * size + font.getlength(text))
+    for k, text, length in zip(found, texts, lengths, strict=True):
         if x > size // 2 and x + length > room:
             x, y = size // 2, y + round(1.5 * size)
         entries.append((x, y, text, tuple(colors[k].tolist())))

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maft_adapter import cli, pictures
-from maft_adapter.cli.segment import KEPT, MARK, output_names, read_classes
-from maft_adapter.pictures import Segmenter
+from maft_adapter import cli, data, pictures
+from maft_adapter.cli.segment import KEPT, output_names, read_classes, root_of
+from maft_adapter.pictures import MARK, Segmenter
 from maft_adapter.shapes import CLASSES, render_scene
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "pictures"
@@ -196,7 +196,7 @@ def test_folders_that_hold_something_else_are_left_alone(
 ) -> None:
     before = contents(folder)
     assert segment(folder / "a b.png", "--out", folder) == 1  # its label map would be called like it
-    assert "all pictures are in --out" in capsys.readouterr().err
+    assert f"a b.png is in --out {folder}, where it could be replaced" in capsys.readouterr().err
     assert segment(draw(tmp_path / "other" / "x.png"), "--out", folder) == 1
     assert f"--out {folder} holds other files, which could be replaced: name a new" in capsys.readouterr().err
     assert contents(folder) == before
@@ -209,10 +209,82 @@ def test_folders_that_hold_something_else_are_left_alone(
     assert f"--out {__file__} can't be written to" in capsys.readouterr().err
 
 
-def test_outputs_inside_the_folder_of_pictures_are_no_pictures(folder: Path) -> None:
+def test_outputs_inside_the_folder_of_pictures_are_no_pictures(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for _ in range(2):
         assert segment(folder, "--out", folder / "out") == 0
     assert len(contents(folder / "out")) == 3 * 3 + 2
+    assert f"passed over: {folder / 'out'} holds outputs" in capsys.readouterr().out
+    for given in (folder, folder / "**" / "*.*g"):  # nor are they for another run
+        assert segment(given, folder / "out", "--out", tmp_path / "other") == 0
+        output = capsys.readouterr().out
+        assert re.search(r"^(3|0) pictures segmented, (0|3) had been already, 0 failed", output)
+        assert output.count(f"passed over: {folder / 'out'} holds outputs") == 1
+    assert segment(folder / "out", "--out", tmp_path / "new") == 1
+    assert "no pictures are left" in capsys.readouterr().err
+    assert segment(folder / "out" / "a b_overlay.jpg", "--out", tmp_path / "new") == 0  # named, so meant
+
+
+def test_what_a_kill_left_does_not_lock_the_folder(folder: Path, out: Path) -> None:
+    out.mkdir()
+    (out / f"{MARK}.machine.1234567.part").write_text("written by")
+    assert segment(folder, "--out", out) == 0
+
+
+def test_what_is_named_and_missing_stops_nothing(folder: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert segment(folder / "a b.png", folder / "gone.png", "--out", out) == 1
+    output = capsys.readouterr()
+    assert "1 pictures segmented, 0 had been already, 1 failed" in output.out
+    assert re.search(r"failed: .*gone\.png", output.err)
+    assert segment(folder / "gone.png", "--out", out) == 1
+    assert "gone.png: no such file or folder" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no named pipes")
+def test_formats_that_are_not_read_and_pipes_are_named(
+    folder: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(folder / "pipe.png")
+    (folder / "x.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    Image.fromarray(render_scene(5).image).save(folder / "y.tga")
+    Image.fromarray(render_scene(6).image).save(folder / "z.jfif")
+    assert segment(folder, "--out", out) == 1
+    output = capsys.readouterr()
+    assert "5 pictures segmented, 0 had been already, 2 failed" in output.out
+    assert re.search(r"failed: .*pipe\.png is a folder, a pipe or a device", output.err)
+    assert re.search(r"failed: .*x\.heic is no picture of a format that PIL knows", output.err)
+
+
+def test_outputs_of_what_a_failed_picture_was_before_are_reported(
+    folder: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert segment(folder, "--out", out) == 0
+    before = contents(out)
+    (folder / "a b.png").write_bytes(b"no picture")
+    (folder / "c.png").write_bytes(b"no picture")
+    assert segment(folder, "--out", out) == 1
+    first, second = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
+    assert first.endswith(f"what {out} holds of a b is of an earlier run") and "earlier" not in second
+    after = contents(out)
+    assert {name: after[name] for name in before if name.startswith("a b")} and b'"a b' not in after["index.html"]
+
+
+def test_a_folder_called_like_an_output(folder: Path, out: Path) -> None:
+    draw(folder / "a b.json" / "a b.png", 3)
+    assert segment(folder, "--out", out) == 0
+    assert {"a b.png.json", "a b.json/a b.json"} < contents(out).keys()
+
+
+def test_masks_that_are_too_small_are_counted(folder: Path, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "masks").mkdir()
+    ids = np.full((64, 64), 1, np.uint8)
+    ids[3, 3] = 2
+    Image.fromarray(ids).save(tmp_path / "masks" / "a b.png")
+    assert segment(folder / "a b.png", "--out", out, "--proposals", f"files:{tmp_path / 'masks'}") == 0
+    coco = json.loads((out / "a b.json").read_bytes())
+    assert [annotation["proposal"] for annotation in coco["annotations"]] == [0] and coco["info"]["left_out"] == [1]
+    assert "64 × 64, 1 masks, 1 more are too small" in (out / "index.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -223,14 +295,42 @@ def test_outputs_inside_the_folder_of_pictures_are_no_pictures(folder: Path) -> 
         (["A.jpg", "a.jpg"], ["A.jpg", "a.jpg"]),
         (["a.jpg", "a.png", "a.png.jpg"], ["a.jpg", "a.png", "a.png.jpg"]),
         (["x/a.jpg", "y/a.jpg", "y/z/b.c.jpg"], ["x/a", "y/a", "y/z/b.c"]),
-        (["x/a.jpg", "x/b.jpg"], ["a", "b"]),
+        (["x/a.jpg", "x/b.jpg"], ["x/a", "x/b"]),
+        (["p.jpg", "p.png/p.jpg", "q_overlay.JPG/a.jpg", "q.jpg"], ["p.jpg", "p.png/p", "q_overlay.JPG/a", "q.jpg"]),
         (["a\u0301.jpg", "\u00e1.png"], ["a\u0301.jpg", "\u00e1.png"]),  # one letter, written in two ways
     ],
 )
 def test_names_of_outputs_never_fall_together(names: list[str], expected: list[str]) -> None:
-    root, found = output_names([Path("/p", name) for name in names])
-    assert found == expected
-    assert root == (Path("/p/x") if names == ["x/a.jpg", "x/b.jpg"] else Path("/p"))
+    assert output_names([Path("/p", name) for name in names], Path("/p")) == expected
+
+
+def test_the_root_comes_from_what_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw(tmp_path / "in" / "sub" / "a[1].png")
+    monkeypatch.chdir(tmp_path)
+    for given, expected in {
+        ("in",): "in",
+        ("in/sub",): "in/sub",
+        ("in/sub/a[1].png",): "in/sub",
+        ("in/*/*.png",): "in",
+        ("in/s*",): "in",
+        ("**/*.png",): "",
+        ("in/sub", "in/x.png"): "in",
+        ("in/gone.png",): "in",
+    }.items():
+        assert root_of(given) == tmp_path / expected
+
+
+def test_one_more_picture_changes_no_name(tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw(tmp_path / "in" / "sub" / "a.png")
+    assert segment(tmp_path / "in", "--out", out) == 0
+    before = contents(out)
+    draw(tmp_path / "in" / "b.png", 1)
+    assert segment(tmp_path / "in", "--out", out) == 0
+    assert "1 pictures segmented, 1 had been already" in capsys.readouterr().out
+    after = contents(out)
+    assert "sub/a.json" in before and {name: after[name] for name in before if "sub" in name} == {
+        name: data for name, data in before.items() if "sub" in name
+    }
 
 
 def test_same_stems_side_by_side(tmp_path: Path, out: Path) -> None:
@@ -264,24 +364,33 @@ def test_classes_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", "no classes, or an empty name"),
-        (b"swan,\nriver", "no classes, or an empty name"),
-        (b"1:a\n1:b", "index 1 comes more than once"),
-        (b"0:invalid_class_id", "no classes"),
-        (b"\xff\xfes\x00w\x00", "not a text file in UTF-8"),
+        (b"", " names no class"),
+        (b"swan,\nriver", "'swan,' has an empty name"),
+        (b"1:a\n1:b", "have the same index"),
+        (b"0:invalid_class_id", " names no class"),
+        (b"\xff\xfes\x00w\x00", " is no list of class names"),
     ],
 )
 def test_files_of_classes_that_are_broken(text: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_bytes(text)
-    with pytest.raises(ValueError, match=rf"--classes {tmp_path}/classes.txt: {message}"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}/classes.txt.*{message}"):
         read_classes(str(tmp_path / "classes.txt"))
 
 
-def test_classes_of_the_command_line() -> None:
-    assert read_classes(" swan,river / brook") == [("swan",), ("river / brook",)]
+def test_classes_of_the_data_sets_and_json_lists(tmp_path: Path) -> None:
+    names = Path(data.__file__).parent / "names" / "voc-20.plain.txt"  # its first line is a comment
+    assert read_classes(str(names))[:2] == [("aeroplane",), ("bicycle",)]
+    (tmp_path / "classes.json").write_text('["swan, white bird", "river"]')
+    assert read_classes(str(tmp_path / "classes.json")) == [("swan", "white bird"), ("river",)]
+
+
+def test_classes_of_the_command_line(tmp_path: Path) -> None:
+    assert read_classes(" swan,river / brook, St. Bernard") == [("swan",), ("river / brook",), ("St. Bernard",)]
+    assert read_classes("St. Bernard") == [("St. Bernard",)]
     assert len(read_classes(",".join(f"class {k}" for k in range(1000)))) == 1000
-    for given, message in {"a,,b": "empty name", "classes.txt": "no such file", "x/classes": "no such file"}.items():
-        with pytest.raises(ValueError, match=message):
+    files = ["clases.txt", "classes.names", "classes.json", "x/classes", str(tmp_path)]
+    for given, message in {"a,,b": "empty name", "": "no classes", **dict.fromkeys(files, "no such file")}.items():
+        with pytest.raises(ValueError, match=rf"--classes {given}: .*{message}"):
             read_classes(given)
 
 

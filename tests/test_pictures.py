@@ -1,11 +1,14 @@
 """Pictures as users have them: what is read, what is refused and how, and what becomes of them."""
 
+import contextlib
 import hashlib
 import io
 import itertools
 import json
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from pycocotools.coco import COCO
 from maft_adapter import encode_masks
 from maft_adapter.classify import class_scores, label_map, text_classifier
 from maft_adapter.models import load_model
-from maft_adapter.pictures import Segmenter, find_pictures, prepare, prompts, read_picture
+from maft_adapter.pictures import MARK, SUFFIXES, Segmenter, find_pictures, prepare, prompts, read_picture
 from maft_adapter.proposals import Proposals
 from maft_adapter.shapes import CLASSES, load_clip, preprocess, render_scene
 from maft_adapter.show import class_colors
@@ -244,14 +247,39 @@ def test_a_file_with_a_pattern_in_its_name(tmp_path: Path) -> None:
     assert find_pictures([tmp_path / "a[1].png"]) == [tmp_path / "a[1].png"]
 
 
+def test_every_format_that_pil_reads_and_no_data(tmp_path: Path) -> None:
+    Image.init()
+    for suffix in (".jfif", ".jpe", ".tga", ".webp", ".psd", ".heic", ".avif"):
+        assert suffix in SUFFIXES
+    assert not {".h5", ".mpg", ".ps", ".pdf", ".txt", ".json", ".npy"} & set(SUFFIXES)
+    for suffix in set(SUFFIXES) & set(Image.registered_extensions()):
+        if Image.registered_extensions()[suffix] in Image.SAVE:
+            with contextlib.suppress(OSError, ValueError):  # of formats that hold no RGB
+                Image.new("RGB", (16, 16), "red").save(tmp_path / f"x{suffix}")
+    written = sorted(path for path in tmp_path.iterdir() if path.stat().st_size)
+    assert len(written) > 20 and sorted(find_pictures([tmp_path])) == sorted(tmp_path.iterdir())
+    for path in written:
+        assert read_picture(path).shape[2] == 3
+
+
+def test_outputs_of_segment_are_passed_over_and_said(tmp_path: Path) -> None:
+    touch(tmp_path / "a.png", tmp_path / "out" / MARK, tmp_path / "out" / "sub" / "a.png")
+    with pytest.warns(UserWarning, match=rf"{tmp_path}/out holds outputs of maft-adapter segment"):
+        assert find_pictures([tmp_path]) == [tmp_path / "a.png"]
+    with pytest.raises(ValueError, match=rf"no pictures are left: {tmp_path}/out holds outputs"):
+        find_pictures([tmp_path / "out" / "sub"])
+
+
 def test_nothing_to_find(tmp_path: Path) -> None:
     touch(tmp_path / "notes.txt")
     with pytest.raises(ValueError, match=rf"{tmp_path}: no pictures there; their suffixes are .*\.jpg"):
         find_pictures([tmp_path])
     with pytest.raises(ValueError, match=r"\*.png: no pictures there"):
         find_pictures([tmp_path / "*.png"])
-    with pytest.raises(FileNotFoundError, match=r"missing.png: no such file or folder"):
-        find_pictures([tmp_path / "missing.png"])
+    missing = tmp_path / "missing.png"
+    with pytest.raises(FileNotFoundError, match=r"missing.png, .*gone.png: no such file or folder"):
+        find_pictures([missing, tmp_path / "gone.png"])
+    assert find_pictures([missing, tmp_path / "notes.txt"]) == [missing, tmp_path / "notes.txt"]  # to be reported
     with pytest.raises(ValueError, match="no pictures were named"):
         find_pictures([])
 
@@ -367,6 +395,16 @@ def test_other_words_and_masks_without_encoding_the_image_again(monkeypatch: pyt
         raise AssertionError("encoded again")
 
     monkeypatch.setattr("maft_adapter.pictures.encode_features", refuse)
+    calls: list[Any] = []
+
+    def count(*arguments: Any) -> torch.Tensor:
+        calls.append(arguments)
+        return text_classifier(*arguments)
+
+    monkeypatch.setattr("maft_adapter.pictures.text_classifier", count)
+    for same in (tuple(words), (word for word in words), [*words[:1], [*words[1]], *words[2:]]):
+        np.testing.assert_array_equal(result.relabel(same).scores, result.relabel(words).scores)
+    assert len(calls) == 1  # the words are not encoded again, either
     other = result.relabel(words).ask(MASKS[::-1].copy())
     assert other.names == ["red ball", "blue star", "pale water"]
     np.testing.assert_allclose(other.scores, fresh.scores, atol=1e-6)
@@ -376,6 +414,15 @@ def test_other_words_and_masks_without_encoding_the_image_again(monkeypatch: pyt
         result.ask(np.ones((1, 5, 5), bool))
     with pytest.raises(TypeError, match="got one string"):
         result.relabel("red ball")
+
+
+def test_embeddings_of_old_words_are_forgotten() -> None:
+    segment = segmenter(class_names=["red ball"], proposals=Given(MASKS))
+    result = segment(SCENE.image)
+    for first, second in itertools.pairwise(CLASSES):
+        result.relabel([first, second])
+    assert len(segment._texts) <= 16
+    assert (result.scores == 1).all()  # words that were forgotten are encoded again
 
 
 def test_background_takes_pixels_but_is_no_class() -> None:
@@ -410,7 +457,10 @@ def test_masks_without_a_patch_and_no_masks_at_all() -> None:
     result = segmenter(proposals=Given(masks))(SCENE.image)
     assert result.valid.tolist() == [True, False]
     assert (result.label_map[48:] == 255).all() and (result.label_map[:48] != 255).all()
-    assert len(result.coco()["annotations"]) == len(result.detections()) == 1
+    coco, detections = result.coco(), result.detections()
+    assert len(coco["annotations"]) == len(detections) == 1
+    assert coco["annotations"][0]["proposal"] == detections.data["proposal"][0] == 0
+    assert coco["info"]["left_out"] == detections.metadata["left_out"] == [1]
     nothing = result.ask(masks[:0])
     assert (nothing.label_map == 255).all() and nothing.scores.shape == (0, 40) and nothing.top() == []
     assert nothing.coco()["annotations"] == [] and len(nothing.detections()) == 0
@@ -469,6 +519,24 @@ def test_saved_files_open_and_say_the_same(tmp_path: Path) -> None:
         segmenter(proposals=Given(MASKS))(SCENE.image).save(tmp_path)
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_the_picture_itself_is_never_replaced(linked: bool, tmp_path: Path) -> None:
+    path = tmp_path / "photos" / "p.png"
+    path.parent.mkdir()
+    Image.fromarray(SCENE.image).save(path)
+    folder = path.parent
+    if linked:  # the folder by another name
+        folder = tmp_path / "link"
+        folder.symlink_to(path.parent)
+    before = path.read_bytes()
+    result = segmenter(proposals=Given(MASKS))(path)
+    with pytest.raises(ValueError, match=r"p\.png would replace the picture .*p\.png: give another folder or name="):
+        result.save(folder)
+    assert path.read_bytes() == before and os.listdir(path.parent) == ["p.png"]
+    assert result.save(folder, "p_labels")[0].name == "p_labels.png"
+    assert path.read_bytes() == before
+
+
 def test_more_than_255_classes_have_16_bits(tmp_path: Path) -> None:
     pairs = itertools.islice(itertools.combinations(CLASSES, 2), 300)
     names = [f"{first} and {second}" for first, second in pairs]
@@ -487,6 +555,55 @@ def test_one_colour_and_pictures_of_every_shape(shape: tuple[int, int], keep_asp
     assert result.label_map.shape == shape and (result.label_map != 255).all()  # the whole picture is a proposal
     result.save(tmp_path)
     assert np.asarray(Image.open(tmp_path / "x.png")).shape == shape
+
+
+def test_pictures_that_jpeg_cannot_hold(tmp_path: Path) -> None:
+    result = segmenter(proposals=Given(np.ones((1, 4, 70_000), bool)))(np.zeros((4, 70_000, 3), np.uint8), "x.png")
+    labels, overlay = (Image.open(path) for path in result.save(tmp_path)[:2])
+    assert labels.size == (70_000, 4) and overlay.width == 65_500
+    overlay.load()
+
+
+MEMORY = """
+import itertools, resource, sys, tempfile
+import numpy as np
+from maft_adapter.models import load_model
+from maft_adapter.pictures import Segmenter
+from maft_adapter.proposals import Proposals
+from maft_adapter.shapes import CLASSES
+
+class Given:
+    settings = "given"
+    def __init__(self):
+        self.masks = np.empty((80, 3000, 4000), bool)
+        for n, mask in enumerate(self.masks):
+            mask[:] = False
+            mask[30 * n : 30 * n + 600, 40 * n : 40 * n + 800] = True
+    def __call__(self, picture, name=""):
+        return Proposals(self.masks)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+model = load_model()
+words = [f"{first} and {second}" for first, second in itertools.islice(itertools.permutations(CLASSES, 2), 847)]
+segmenter = Segmenter(model.clip, model.tokenizer, words, size=model.size, proposals=Given())
+before = peak()
+result = segmenter(np.zeros((3000, 4000, 3), np.uint8), "x.png")
+with tempfile.TemporaryDirectory() as folder:
+    result.save(folder)
+assert len(result.detections()) == 80
+print(before, peak())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+def test_847_classes_on_12_megapixels_in_2_gb() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", MEMORY], env=environment, capture_output=True, text=True, check=True)
+    before, peak = map(int, done.stdout.split())
+    assert peak < 2**31  # torch, open_clip and the 960 MB of the masks included
+    assert peak - before < 300 * 2**20  # a third of what a copy of the masks takes
 
 
 def test_photographs_and_a_tower_of_another_patch_size() -> None:

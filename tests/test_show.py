@@ -280,6 +280,25 @@ def test_labelled_of_every_shape(shape: tuple[int, int]) -> None:
     assert width >= 320 and (width == shape[1] or max(shape) < 320 or shape[1] < 320)
 
 
+@pytest.mark.parametrize("shape", [(20_000, 20), (20, 20_000), (400, 330)])
+def test_the_legend_is_in_proportion_and_whole(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[float, float, float]] = []
+    draw = ImageDraw.ImageDraw.text
+
+    def record(self: Any, xy: tuple[float, float], text: str, **options: Any) -> None:
+        drawn.append((xy[0] + options["font"].getlength(text), xy[1] + options["font"].size, options["font"].size))
+        draw(self, xy, text, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", record)
+    labels = np.zeros(shape, int)
+    labels[: shape[0] // 2, : shape[1] // 2] = 1
+    names = ["a very long name of a class, " * 3, "sky"]
+    sheet = labelled(np.zeros((*shape, 3), np.uint8), labels, names)
+    assert len(drawn) == 2
+    for right, bottom, size in drawn:
+        assert right <= sheet.width and bottom <= sheet.height and 13 <= size <= 20
+
+
 def test_labelled_refuses() -> None:
     with pytest.raises(ValueError, match=r"labels are 0..0 or 65535, got \[255\]"):
         labelled(picture(4, 4), np.full((4, 4), 255), ["a"], ignore_index=65535)

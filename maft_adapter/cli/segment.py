@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import errno
+import glob
 import hashlib
 import json
 import os
-import re
 import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -18,8 +18,8 @@ from ..checkpoint import replace_file
 from ..contact_sheet import Entry, contact_sheet
 from .options import add_pictures, model_options
 
-MARK = ".maft-adapter"  # of a folder that this command writes to
-KEPT = ".proposals"  # in that folder
+KEPT = ".proposals"  # in the folder that is written to
+_TEXT = (".csv", ".json", ".list", ".lst", ".md", ".names", ".tsv", ".txt", ".yaml", ".yml")  # of files of classes
 
 
 def add(commands: Any) -> None:
@@ -32,7 +32,8 @@ def add(commands: Any) -> None:
             "with a palette, 255 where nothing is; 16 bits and 65535 for more than 255 classes), NAME_overlay.jpg with "
             "a legend, and NAME.json (COCO: RLE, area, box, the five best classes with their scores) are written, and "
             "index.html, which shows all of them and can be filtered by class. Sub-folders are kept; where two "
-            "pictures have the same stem, NAME is the file's whole name. Without --model, the small CLIP of the drawn "
+            "pictures have the same stem, NAME is the file's whole name. Outputs of an earlier run are not taken for "
+            "pictures. Without --model, the small CLIP of the drawn "
             "scenes in examples/pictures is used, with their classes. A second run with the same options skips what is "
             "finished; a picture that fails is named, the others go on, and the exit status is 1."
         ),
@@ -41,7 +42,8 @@ def add(commands: Any) -> None:
     segment.add_argument(
         "--classes", metavar="LIST",
         help="names with commas between them, or a file: a class a line, synonyms with commas between them, also with "
-        "INDEX: before each (default: those of the embedded world, which needs no --model)",
+        "INDEX: before each, or a JSON list; labels count the classes from 0 in the order of the file, whatever INDEX "
+        "says (default: those of the embedded world, which needs no --model)",
     )  # fmt: skip
     segment.add_argument("--background", metavar="WORDS", help="one more class, whose pixels are left unlabelled")
     segment.add_argument(
@@ -67,80 +69,97 @@ def read_classes(given: str) -> list[tuple[str, ...]]:
     """The classes of `--classes`.
 
     Args:
-        given: names with commas between them, or the path of a file in UTF-8: a class a line, its synonyms with commas
-            between them; or `INDEX:name,synonym` a line, as open-vocabulary work has them, in the order of the lines,
-            of which `0:invalid_class_id` is left out.
+        given: names with commas between them, or the path of a file, whose forms are those of
+            `maft_adapter.data.read_classes`. Label k is the file's k-th class, from 0 on; numbers in it don't count.
 
     Raises:
-        ValueError: no classes, an empty name, an index that comes twice; or a path that leads to no file.
+        ValueError: no classes, an empty name or one that comes twice; or what looks like a path but leads to no file.
+        OSError: the file can't be read.
 
     Example:
         >>> read_classes("swan, red river")
         [('swan',), ('red river',)]
     """
-    path = Path(given)
-    if not os.path.isfile(given):  # of a long list, Path.is_file raises
-        if path.suffix == ".txt" or ("," not in given and os.sep in given):
-            raise ValueError(f"--classes {given}: no such file")
-        lines = [[name] for name in given.split(",")]
-    else:
-        try:
-            text = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--classes {given}: not a text file in UTF-8 ({error})") from error
-        indexed = [re.fullmatch(r"(\d+)\s*:\s*(.+)", line) for line in text]
-        if text and all(indexed):
-            found = [(int(match[1]), match[2]) for match in indexed if match]
-            indices = [index for index, _ in found]
-            twice = sorted({index for index in indices if indices.count(index) > 1})
-            if twice:
-                raise ValueError(f"--classes {given}: index {twice[0]} comes more than once")
-            text = [names for _, names in found if names != "invalid_class_id"]
-        lines = [line.split(",") for line in text]
-    classes = [tuple(name.strip() for name in names) for names in lines]
-    if not classes or not all(all(names) for names in classes):
+    from ..data import read_classes as read_file
+
+    if os.path.isfile(given):  # of a long list, Path.is_file raises
+        return list(read_file(given).names)
+    # One word may be a class; one that is written as paths are is a file that was mistyped.
+    if os.path.isdir(given) or ("," not in given and (os.sep in given or Path(given).suffix in _TEXT)):
+        raise ValueError(f"--classes {given}: no such file; a class of that name has to stand in a file")
+    names = [name.strip() for name in given.split(",")]
+    if not all(names):
         raise ValueError(f"--classes {given}: no classes, or an empty name; is there a comma too much?")
-    return classes
+    return [(name,) for name in names]
 
 
-def output_names(pictures: Sequence[Path]) -> tuple[Path, list[str]]:
-    """The folder that pictures share, and what their outputs are called: their paths below it, without suffixes.
-
-    Names that would fall together (of `a.jpg` and `a.png`, or of `A.jpg` on some disks) keep their suffix.
+def root_of(arguments: Sequence[str]) -> Path:
+    """The folder that PICTURES share: of folders themselves, of files theirs, of patterns what comes before the first
+    sign of a pattern. It depends on what was given, not on what was found, so that names of outputs stay.
 
     Example:
-        >>> output_names([Path("/p/a.jpg"), Path("/p/b/a.jpg"), Path("/p/b/a.png")])[1]
+        >>> root_of(["/p/x/*.jpg", "/p/a.jpg"]).as_posix()
+        '/p'
+    """
+    folders = []
+    for argument in arguments:
+        if not os.path.isdir(argument):
+            pattern = glob.has_magic(argument) and not os.path.lexists(argument)
+            argument = os.path.dirname(argument)
+            while pattern and glob.has_magic(argument):
+                argument = os.path.dirname(argument)
+        folders.append(os.path.abspath(argument))
+    return Path(os.path.commonpath(folders))
+
+
+def output_names(pictures: Sequence[Path], root: Path) -> list[str]:
+    """What the outputs of pictures are called: their paths below `root`, without suffixes.
+
+    Names that would fall together (of `a.jpg` and `a.png`, of `A.jpg` on some disks, or of `a.jpg` and a folder
+    `a.png`) keep their suffix.
+
+    Example:
+        >>> output_names([Path("/p/a.jpg"), Path("/p/b/a.jpg"), Path("/p/b/a.png")], Path("/p"))
         ['a', 'b/a.jpg', 'b/a.png']
     """
-    whole = [Path(os.path.abspath(picture)) for picture in pictures]
-    root = Path(os.path.commonpath([path.parent for path in whole]))
-    full = [path.relative_to(root) for path in whole]
+    from ..pictures import OUTPUTS
+
+    def key(name: object) -> str:
+        return unicodedata.normalize("NFC", str(name)).casefold()
+
+    full = [Path(os.path.abspath(picture)).relative_to(root) for picture in pictures]
+    folders = {key(folder) for path in full for folder in path.parents}
     names = [path.with_suffix("") for path in full]
+    for i, name in enumerate(names):
+        if any(key(f"{name}{end}") in folders for end in OUTPUTS):
+            names[i] = full[i]
     for _ in range(2):  # what has its suffix now may be the stem of another
         alike: dict[str, list[int]] = {}
         for i, name in enumerate(names):
-            alike.setdefault(unicodedata.normalize("NFC", str(name)).casefold(), []).append(i)
+            alike.setdefault(key(name), []).append(i)
         for group in alike.values():
             if len(group) > 1:
                 for i in group:
                     names[i] = full[i]
-    return root, [name.as_posix() for name in names]
+    return [name.as_posix() for name in names]
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..models import load_model
-    from ..pictures import Segmenter, find_pictures
+    from ..pictures import OUTPUTS, Segmenter, find_pictures
     from ..proposals import Kept, proposer
 
     out: Path = arguments.out
-    # Not what an earlier run wrote into a folder of pictures.
-    pictures = [path for path in find_pictures(arguments.pictures) if out.resolve() not in path.resolve().parents]
-    if not pictures:
-        raise ValueError(f"all pictures are in --out {out}: name another folder")
+    notes: list[str] = []
+    pictures = find_pictures(arguments.pictures, notes.append)
+    inside = [path for path in pictures if out.resolve() in path.resolve().parents]
+    if inside:
+        raise ValueError(f"{inside[0]} is in --out {out}, where it could be replaced: name another folder")
     classes = None if arguments.classes is None else read_classes(arguments.classes)
-    root, names = output_names(pictures)
+    root = root_of(arguments.pictures)
+    names = output_names(pictures, root)
     _claim(out, root)
     model = load_model(device=arguments.device, **model_options(arguments))
     if classes is None and model.class_names is not None:
@@ -178,12 +197,17 @@ def _run(arguments: argparse.Namespace) -> int:
             if isinstance(error, OSError) and error.errno in _DISK:
                 raise OSError(f"--out {out} can't be written to: {error}") from error
             reason = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
-            tqdm.write(_printable(f"failed: {reason if str(path) in reason else f'{path}: {reason}'}"), file=sys.stderr)
+            reason = reason if str(path) in reason else f"{path}: {reason}"
+            if any((out / f"{name}{end}").exists() for end in OUTPUTS):
+                reason += f"; what {out} holds of {name} is of an earlier run"
+            tqdm.write(_printable(f"failed: {reason}"), file=sys.stderr)
             failed += 1
     page = contact_sheet(entries, "maft-adapter segment")
     replace_file(out / "index.html", page.encode(errors="replace"))
     already = len(entries) - made
     print(_printable(f"{made} pictures segmented, {already} had been already, {failed} failed: {out / 'index.html'}"))
+    for note in notes:
+        print(_printable(f"passed over: {note}"))
     return 1 if failed else 0
 
 
@@ -198,6 +222,8 @@ def _claim(out: Path, root: Path) -> None:
         ValueError: it holds files of something else, or outputs of other pictures, which could be replaced.
         OSError: it can't be made or written to.
     """
+    from ..pictures import MARK
+
     mark = f"written by maft-adapter segment for pictures in\n{root}\n".encode(errors="surrogateescape")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -205,7 +231,7 @@ def _claim(out: Path, root: Path) -> None:
             if (out / MARK).read_bytes() != mark:
                 other = "holds outputs of pictures of another folder"
                 raise ValueError(f"--out {out} {other}, which {MARK} in it names: name a new folder")
-        elif any(out.iterdir()):
+        elif not all(path.match(f"{MARK}.*.part") for path in out.iterdir()):  # which a run that was killed may leave
             raise ValueError(f"--out {out} holds other files, which could be replaced: name a new or empty folder")
         replace_file(out / MARK, mark)
     except OSError as error:
@@ -215,7 +241,7 @@ def _claim(out: Path, root: Path) -> None:
 def _digest(path: Path) -> str:
     """Of the file, "" where it can't be read, which `read_picture` explains."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
     except OSError:
         return ""
 
@@ -239,12 +265,13 @@ def _entry(name: str, coco: Mapping[str, Any]) -> Entry:
     names = {str(category["id"]): category["name"] for category in coco["categories"]}
     pixels = coco["info"]["pixels"]
     found = [names[key] for key in sorted(pixels, key=lambda key: -pixels[key])]
-    image = coco["images"][0]
+    image, left_out = coco["images"][0], len(coco["info"]["left_out"])
+    note = f"{image['width']} × {image['height']}, {len(coco['annotations'])} masks"
     return Entry(
         f"{name}_overlay.jpg",
         name,
         found,
-        f"{image['width']} × {image['height']}, {len(coco['annotations'])} masks",
+        f"{note}, {left_out} more are too small" if left_out else note,
         {"labels": f"{name}.png", "COCO": f"{name}.json"},
     )
 
