@@ -22,6 +22,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import sys
 import tarfile
 from bisect import bisect_right
@@ -72,6 +73,7 @@ FORMAT = 1  # of the files; another one is refused
 _KEY = b"maft_adapter"  # of the settings among a file's metadata
 _RAY = ".ray"  # where Ray writes, under `out`: what it was writing when it was killed is never taken for a shard
 _PARQUET: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True}
+_MATRIX = re.compile(r"embeddings-[0-9a-f]{16}\.npy(\.part)?")  # what `read_embeddings` writes, and removes again
 _AT_ONCE = 16  # pictures that Ray hands to a worker
 
 Failed = Callable[[str, Exception], object]
@@ -564,15 +566,12 @@ def read_embeddings(folder: str | os.PathLike[str]) -> Embeddings:
 def _matrix(folder: Path, files: list[Path], shape: tuple[int, int]) -> NDArray[np.float16]:
     """The embeddings of the valid masks of all shards, (M, D), from a file that is made if it is missing or stale."""
 
-    def fill(matrix: NDArray[np.float16]) -> NDArray[np.float16]:
-        start = 0
+    def parts() -> Iterator[NDArray[np.float16]]:
         for file in files:
             table = _read(file, ["valid", "embeddings"]).combine_chunks()
             vectors = pc.list_flatten(table["embeddings"]).combine_chunks().flatten()  # of all masks, one after another
-            part = vectors.to_numpy().reshape(-1, shape[1])[pc.list_flatten(table["valid"]).to_numpy().astype(bool)]
-            matrix[start : start + len(part)] = part
-            start += len(part)
-        return matrix
+            valid = pc.list_flatten(table["valid"]).to_numpy().astype(bool)  # (masks of the shard,)
+            yield vectors.to_numpy().reshape(-1, shape[1])[valid]
 
     marks = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     name = hashlib.blake2b(repr(marks).encode(), digest_size=8).hexdigest()
@@ -580,15 +579,30 @@ def _matrix(folder: Path, files: list[Path], shape: tuple[int, int]) -> NDArray[
     if not path.exists():
         if not shape[0]:
             return np.empty(shape, np.float16)  # which can't be mapped
+        part = path.with_suffix(".npy.part")
         try:
             with _locked(folder):
-                for stale in folder.glob("embeddings-*.npy*"):
-                    stale.unlink()
-                part = path.with_suffix(".npy.part")
-                fill(np.lib.format.open_memmap(part, "w+", np.float16, shape)).flush()  # type: ignore[attr-defined]
-                os.replace(part, path)
+                for stale in folder.iterdir():
+                    if _MATRIX.fullmatch(stale.name):
+                        stale.unlink()
+                try:
+                    # Not through a map, which a full disk ends with SIGBUS instead of an error.
+                    with part.open("wb") as file:
+                        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+                        np.lib.format.write_array_header_1_0(file, header)
+                        for values in parts():
+                            file.write(values.tobytes())
+                        file.flush()
+                        os.fsync(file.fileno())
+                    os.replace(part, path)
+                finally:
+                    part.unlink(missing_ok=True)
         except OSError:
-            return fill(np.empty(shape, np.float16))
+            matrix, start = np.empty(shape, np.float16), 0
+            for values in parts():
+                matrix[start : start + len(values)] = values
+                start += len(values)
+            return matrix
     return np.load(path, mmap_mode="r")
 
 

@@ -1,10 +1,12 @@
 """Embeddings on disk: what a row says, killed and resumed runs, broken folders, tar files, Ray."""
 
+import contextlib
 import errno
 import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +143,65 @@ def test_the_mapped_file_is_made_again_after_a_change(pictures: Path, tmp_path: 
     assert isinstance(after, np.memmap) and len(after) > len(before) == 2
     assert np.array_equal(held, after) and np.array_equal(after[:2], before)
     assert len(list(out.glob("embeddings-*"))) == 1
+
+
+def test_files_of_others_stay(pictures: Path, tmp_path: Path, embedder: Embedder) -> None:
+    out = tmp_path / "out"
+    embed([pictures], out, embedder)
+    foreign = ["embeddings-mine.npy", "embeddings-0123456789abcdef.npy.bak", "my embeddings-0123456789abcdef.npy"]
+    stale = ["embeddings-0123456789abcdef.npy", "embeddings-0123456789abcdef.npy.part"]
+    for name in (*foreign, *stale):
+        (out / name).write_text(name)
+    read_embeddings(out)
+    assert [(out / name).read_text() for name in foreign] == foreign
+    assert not any((out / name).exists() for name in stale)
+
+
+READ = """
+import resource, sys
+from maft_adapter.embed import read_embeddings
+if sys.argv[2] == "limit":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+matrix = read_embeddings(sys.argv[1]).matrix
+print(type(matrix).__name__, matrix.shape, float(abs(matrix.astype(float)).sum()))
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk can't be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("kind", ["small_disk", "limit"])
+def test_without_room_the_matrix_is_held(
+    kind: str, pictures: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Read by a process of its own, which a full disk would kill where the file is written through a map."""
+
+    class Many(Halves):
+        def __call__(self, picture: NDArray[np.uint8], name: str = "") -> Proposals:
+            return Proposals(np.ones((50, *picture.shape[:2]), bool))
+
+    folder = request.getfixturevalue(kind) if kind == "small_disk" else tmp_path / "out"
+    embed([pictures], folder, Embedder(Many()))
+    if kind == "small_disk":
+        with (folder / "filler").open("wb", buffering=0) as file:
+            with contextlib.suppress(OSError):
+                while file.write(bytes(4096)):
+                    pass
+            file.truncate(file.tell() - 2 * 4096)  # room for the beginning alone
+    child = subprocess.run([sys.executable, "-c", READ, folder, kind], capture_output=True, text=True)
+    assert child.returncode == 0, child
+    assert not list(folder.glob("embeddings-*"))
+    with module._locked(folder):
+        expected = read_embeddings(folder).matrix
+    assert child.stdout.split(maxsplit=1) == ["ndarray", f"(350, 64) {abs(expected.astype(float)).sum()}\n"]
 
 
 def test_only_invalid_masks(tmp_path: Path, embedder: Embedder) -> None:
