@@ -109,7 +109,7 @@ def load_model(
             raise ValueError(f"pretrained is {pretrained!r} without a model; name one, such as ViT-B-16")
         clip, tokenizer, mean, std = load_clip(mask_aware=True), tokenize, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
         size, class_names, templates = 96, CLASSES, WORLD_TEMPLATES
-    elif _of_open_clip(name):
+    elif is_of_open_clip(name):
         clip, tokenizer = _open_clip(name, pretrained)
         mean, std = clip.visual.preprocess_cfg["mean"], clip.visual.preprocess_cfg["std"]
     else:
@@ -172,7 +172,12 @@ def smallest_side(tower: Any) -> int:
     raise ValueError(f"{type(tower).__name__} takes no square images of less than 4096 pixels")
 
 
-def _of_open_clip(name: str) -> bool:
+def is_of_open_clip(name: str) -> bool:
+    """Whether open_clip loads a model of this name; if not, transformers does.
+
+    Raises:
+        ValueError: neither does.
+    """
     import open_clip
 
     known = open_clip.list_models()
