@@ -5,6 +5,7 @@ A folder holds shards, Parquet files of one row a picture:
 | column | type | |
 |---|---|---|
 | path | string | of the picture; TAR/MEMBER in a webdataset shard |
+| stamp | string | what tells that its file or that of its masks changed; empty if its bytes were handed over |
 | width, height | int32 | in pixels, after EXIF rotation |
 | masks | list of string | COCO's compressed run-length codes, of the size (height, width) |
 | areas | list of int32 | pixels of each mask |
@@ -22,10 +23,12 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import sys
 import tarfile
+import warnings
 from bisect import bisect_right
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -43,10 +46,10 @@ from ._version import __version__
 from .adapt import encode_masks, valid_masks
 from .checkpoint import replace_file
 from .extras import extra
-from .models import Model, image_tower, load_model
+from .models import Model, image_tower, is_of_open_clip, load_model
 from .pictures import SUFFIXES, find_pictures, prepare, read_picture
 from .proposals import Proposer, proposer
-from .proposals.base import check_proposals
+from .proposals.base import check_proposals, fingerprint, version_of
 from .proposals.convert import to_rle
 
 with extra("embed"):
@@ -68,10 +71,12 @@ __all__ = [
     "source_of",
 ]
 
-FORMAT = 1  # of the files; another one is refused
+FORMAT = 2  # of the files; another one is refused
 _KEY = b"maft_adapter"  # of the settings among a file's metadata
 _RAY = ".ray"  # where Ray writes, under `out`: what it was writing when it was killed is never taken for a shard
 _PARQUET: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True}
+_MATRIX = re.compile(r"embeddings-[0-9a-f]{16}\.npy(\.part)?")  # what `read_embeddings` writes, and removes again
+_LOCAL = "local-dir:"  # before the folder of a model of open_clip
 _AT_ONCE = 16  # pictures that Ray hands to a worker
 
 Failed = Callable[[str, Exception], object]
@@ -84,12 +89,14 @@ class Source(NamedTuple):
         path: what it is known by: the file's absolute path, or that of a tar file with the member's name behind it.
         file: the file that holds it.
         offset, size: its bytes within the file; size -1 is all of it.
+        stamp: as in the table.
     """
 
     path: str
     file: str
     offset: int = 0
     size: int = -1
+    stamp: str = ""
 
     def read(self) -> bytes:
         """The picture's encoded bytes; raises OSError if the file is missing or shorter than it was."""
@@ -105,8 +112,9 @@ def find_sources(arguments: Sequence[str | os.PathLike[str]], failed: Failed) ->
     """The pictures that files, folders, patterns and webdataset shards name, each once.
 
     Args:
-        arguments: as `find_pictures` takes them. Files that end in .tar are shards: every member with a picture's
-            suffix is a picture. In folders, shards are not looked for: name them, or use a pattern.
+        arguments: as `find_pictures` takes them. Files that end in .tar are shards: a member is a picture if all that
+            follows the first dot of its name is a picture's suffix, as webdataset divides names: `a.jpg`, but not its
+            mask `a.seg.png`. In folders, shards are not looked for: name them, or use a pattern.
         failed: called with the path and the error of a shard that is damaged, or holds no picture, or two of one name.
 
     Raises:
@@ -131,11 +139,12 @@ def find_sources(arguments: Sequence[str | os.PathLike[str]], failed: Failed) ->
         try:
             with tarfile.open(path, "r:") as shard:
                 for member in shard:
-                    if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
+                    extension = os.path.basename(member.name).partition(".")[2].lower()
+                    if member.isfile() and f".{extension}" in SUFFIXES:
                         empty = False
                         add(Source(f"{name}/{member.name}", name, member.offset_data, member.size))
             if empty:
-                raise ValueError(f"no member has a picture's suffix: {', '.join(SUFFIXES)}")
+                raise ValueError(f"no member has a picture's suffix behind its first dot: {', '.join(SUFFIXES)}")
         except (tarfile.TarError, OSError, ValueError) as error:
             failed(name, error)
     return list(sources.values())
@@ -206,6 +215,7 @@ class Embedder:
     ) -> None:
         if size is not None and size < 1:
             raise ValueError(f"size is {size}, expected at least 1 pixel")
+        model = _lasting(model)
         self.model = load_model(device=device, **model)
         self.proposer = proposer(proposals, device) if isinstance(proposals, str) else proposals
         self.size, self.keep_aspect = size or self.model.size, keep_aspect
@@ -217,7 +227,7 @@ class Embedder:
         self.settings = {
             "format": FORMAT,
             "version": __version__,
-            "model": {key: _lasting(key, value) for key, value in model.items() if value is not None},
+            "model": model,
             "source": self.model.source,
             "proposals": self.proposer.settings,
             "size": self.size,
@@ -226,6 +236,7 @@ class Embedder:
         }
         columns = {
             "path": pa.string(),
+            "stamp": pa.string(),
             "width": pa.int32(),
             "height": pa.int32(),
             "masks": pa.list_(pa.string()),
@@ -239,35 +250,44 @@ class Embedder:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """The rows of a batch of pictures."""
-        pictures: Iterable[tuple[str, Callable[[], bytes]]]
+        pictures: Iterable[tuple[Source, Callable[[], bytes]]]
         if "bytes" in batch.column_names:
             pairs = zip(batch["path"].to_pylist(), batch["bytes"], strict=True)
-            pictures = ((path, data.as_py) for path, data in pairs)
+            pictures = ((Source(path, ""), data.as_py) for path, data in pairs)
         else:
-            pictures = ((row["path"], Source(**row).read) for row in batch.to_pylist())
+            sources = (Source(**row) for row in batch.to_pylist())
+            pictures = ((source, source.read) for source in sources)
         return self.table(list(self.rows(pictures, _Failures(show=True))))
 
-    def rows(self, pictures: Iterable[tuple[str, Callable[[], bytes]]], failed: Failed) -> Iterator[dict[str, Any]]:
+    def stamp(self, source: Source) -> str:
+        """What tells that a picture or its masks changed: sizes and times of their files.
+
+        Raises:
+            ValueError: there are no masks for this picture.
+        """
+        return f"{fingerprint(Path(source.file))} {version_of(self.proposer, source.path)}".strip()
+
+    def rows(self, pictures: Iterable[tuple[Source, Callable[[], bytes]]], failed: Failed) -> Iterator[dict[str, Any]]:
         """One row a picture, in order; the next picture is prepared while one is encoded.
 
         Args:
-            pictures: of each its name and what gives its encoded bytes.
-            failed: called with the name and the error of a picture that can't be embedded; the others go on.
+            pictures: where each lies, and what gives its encoded bytes.
+            failed: called with the path and the error of a picture that can't be embedded; the others go on.
         """
         coming = iter(pictures)
         with ThreadPoolExecutor(1) as worker:
             ahead: deque[tuple[str, Future[tuple[dict[str, Any], Tensor, NDArray[Any]]]]] = deque()
             while True:
-                for name, read in itertools.islice(coming, 2 - len(ahead)):
-                    ahead.append((name, worker.submit(self._prepare, name, read)))
+                for source, read in itertools.islice(coming, 2 - len(ahead)):
+                    ahead.append((source.path, worker.submit(self._prepare, source, read)))
                 if not ahead:
                     return
-                name, prepared = ahead.popleft()
+                path, prepared = ahead.popleft()
                 try:
                     row, image, masks = prepared.result()
                     row["embeddings"], row["valid"] = self._encode(image, masks)
                 except Exception as error:  # of any kind, so that one bad picture does not stop the others
-                    failed(name, error)
+                    failed(path, error)
                 else:
                     yield row
 
@@ -284,17 +304,18 @@ class Embedder:
 
         return pa.table([column(field) for field in self.schema], schema=self.schema)
 
-    def _prepare(self, name: str, read: Callable[[], bytes]) -> tuple[dict[str, Any], Tensor, NDArray[Any]]:
+    def _prepare(self, source: Source, read: Callable[[], bytes]) -> tuple[dict[str, Any], Tensor, NDArray[Any]]:
         """All of a picture's row but what the tower says, and what the tower is asked: (3, h, w) and (N, H, W)."""
         picture = read_picture(read())  # (H, W, 3)
-        proposals = self.proposer(picture, name)
+        proposals = self.proposer(picture, source.path)
         check_proposals(proposals, picture.shape[:2])
         masks = proposals.masks  # (N, H, W)
         rles = to_rle(np.asarray(masks if masks.dtype == bool else masks >= 0.5, bool))
         boxes = np.array(toBbox(rles), np.int32).reshape(-1, 4)  # (N, 4) XYWH
         boxes[:, 2:] += boxes[:, :2]
         row = {
-            "path": name,
+            "path": source.path,
+            "stamp": source.stamp,
             "width": picture.shape[1],
             "height": picture.shape[0],
             "masks": [rle["counts"] for rle in rles],
@@ -311,6 +332,8 @@ class Embedder:
         images = image[None].to(**self._place)  # (1, 3, h, w)
         asked = torch.from_numpy(masks)[None].to(images.device)  # (1, N, H, W)
         embeddings = encode_masks(self.model.clip, images, asked)[0].float()  # (N, D)
+        if not embeddings.isfinite().all():
+            raise ValueError("the model gives embeddings that are not finite; try precision fp32, or check its weights")
         valid = valid_masks(self._tower, images, asked)[0]  # (N,)
         return normalize(embeddings, dim=-1).half().cpu().numpy(), valid.cpu().numpy()
 
@@ -339,9 +362,10 @@ def embed(
 ) -> Summary:
     """Embed every mask of a collection and write the shards of a folder.
 
-    Pictures whose rows are there already, known by their paths, are skipped. A shard appears whole or not at all, so
-    that a run that was killed loses at most the shard under way, and the next one ends with the rows of an undisturbed
-    run, in the same order. A picture that has changed since is not noticed.
+    Pictures whose rows are there already, known by their paths, are skipped. Of those that changed since, or whose
+    masks did, as size and time of the files tell, new rows take the place of the old ones, behind all others. A shard
+    appears whole or not at all, so that a run that was killed loses at most the shard under way, and the next one ends
+    with the rows of an undisturbed run, in the same order.
 
     Args:
         pictures: as `find_sources` takes them.
@@ -371,18 +395,16 @@ def embed(
         raise ValueError(f"per_shard is {per_shard}, expected at least 1 picture")
     failed = _Failures(progress)
     with _locked(out) as folder:
-        sources = find_sources(pictures, failed)
-        done = _written(folder, embedder.settings)
-        todo = [source for source in sources if source.path not in done]
+        written = _written(folder, embedder.settings)
+        todo, skipped = _todo(find_sources(pictures, failed), embedder, written, failed)
         bar = tqdm(todo, disable=None if progress else True, unit="picture")
-        rows = embedder.rows(((source.path, source.read) for source in bar), failed)
+        rows = embedder.rows(((source, source.read) for source in bar), failed)
         embedded = 0
         while shard := list(itertools.islice(rows, per_shard)):
-            sink = pa.BufferOutputStream()
-            pq.write_table(embedder.table(shard), sink, **_PARQUET)
-            replace_file(_next_shard(folder), sink.getvalue())
+            _remove(written, (row["path"] for row in shard))
+            _write(_next_shard(folder), embedder.table(shard))
             embedded += len(shard)
-    return Summary(embedded, len(sources) - len(todo), dict(failed))
+    return Summary(embedded, skipped, dict(failed))
 
 
 def embed_on_ray(
@@ -420,27 +442,27 @@ def embed_on_ray(
     embedder = Embedder(**{**options, "device": "cpu"})  # for its settings
     failed = _Failures(show=True)
     with _locked(out) as folder:
-        sources = find_sources(pictures, failed)
-        done = _written(folder, embedder.settings)
-        todo = [source for source in sources if source.path not in done]
+        written = _written(folder, embedder.settings)
+        todo, skipped = _todo(find_sources(pictures, failed), embedder, written, failed)
         if todo:
             ray.init(address, ignore_reinit_error=True)
             on_gpu = torch.device(options.get("device", "cpu")).type == "cuda"
             workers = int(ray.cluster_resources().get("GPU" if on_gpu else "CPU", 1))
             rows = ray.data.from_items([source._asdict() for source in todo]).map_batches(
                 Embedder,
-                fn_constructor_kwargs=options,
+                fn_constructor_kwargs={**options, **embedder.settings["model"]},
                 batch_format="pyarrow",
                 batch_size=_AT_ONCE,
                 compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, workers)),
                 num_gpus=int(on_gpu),
             )
             rows.write_parquet(str(folder / _RAY), min_rows_per_file=per_shard, **_PARQUET)
-            done = _written(folder, embedder.settings)
-        lost = [source.path for source in todo if source.path not in done]
+            written = _written(folder, embedder.settings)
+        stamps = {path: place.stamp for path, place in written.items()}
+        lost = [source.path for source in todo if stamps.get(source.path) != source.stamp]
         for path in lost:
             failed(path, ValueError("no worker could embed it; see its message"))
-    return Summary(len(todo) - len(lost), len(sources) - len(todo), dict(failed))
+    return Summary(len(todo) - len(lost), skipped, dict(failed))
 
 
 def model_of(settings: dict[str, Any], device: torch.device | str = "cpu") -> Model:
@@ -564,15 +586,12 @@ def read_embeddings(folder: str | os.PathLike[str]) -> Embeddings:
 def _matrix(folder: Path, files: list[Path], shape: tuple[int, int]) -> NDArray[np.float16]:
     """The embeddings of the valid masks of all shards, (M, D), from a file that is made if it is missing or stale."""
 
-    def fill(matrix: NDArray[np.float16]) -> NDArray[np.float16]:
-        start = 0
+    def parts() -> Iterator[NDArray[np.float16]]:
         for file in files:
             table = _read(file, ["valid", "embeddings"]).combine_chunks()
             vectors = pc.list_flatten(table["embeddings"]).combine_chunks().flatten()  # of all masks, one after another
-            part = vectors.to_numpy().reshape(-1, shape[1])[pc.list_flatten(table["valid"]).to_numpy().astype(bool)]
-            matrix[start : start + len(part)] = part
-            start += len(part)
-        return matrix
+            valid = pc.list_flatten(table["valid"]).to_numpy().astype(bool)  # (masks of the shard,)
+            yield vectors.to_numpy().reshape(-1, shape[1])[valid]
 
     marks = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     name = hashlib.blake2b(repr(marks).encode(), digest_size=8).hexdigest()
@@ -580,22 +599,49 @@ def _matrix(folder: Path, files: list[Path], shape: tuple[int, int]) -> NDArray[
     if not path.exists():
         if not shape[0]:
             return np.empty(shape, np.float16)  # which can't be mapped
+        part = path.with_suffix(".npy.part")
         try:
             with _locked(folder):
-                for stale in folder.glob("embeddings-*.npy*"):
-                    stale.unlink()
-                part = path.with_suffix(".npy.part")
-                fill(np.lib.format.open_memmap(part, "w+", np.float16, shape)).flush()  # type: ignore[attr-defined]
-                os.replace(part, path)
+                for stale in folder.iterdir():
+                    if _MATRIX.fullmatch(stale.name):
+                        stale.unlink()
+                try:
+                    # Not through a map, which a full disk ends with SIGBUS instead of an error.
+                    with part.open("wb") as file:
+                        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+                        np.lib.format.write_array_header_1_0(file, header)
+                        for values in parts():
+                            file.write(values.tobytes())
+                        file.flush()
+                        os.fsync(file.fileno())
+                    os.replace(part, path)
+                finally:
+                    part.unlink(missing_ok=True)
         except OSError:
-            return fill(np.empty(shape, np.float16))
+            matrix, start = np.empty(shape, np.float16), 0
+            for values in parts():
+                matrix[start : start + len(values)] = values
+                start += len(values)
+            return matrix
     return np.load(path, mmap_mode="r")
 
 
-def _lasting(name: str, value: Any) -> Any:
-    """An argument of `load_model` that holds in any working directory."""
-    is_path = name in ("checkpoint", "pretrained") or (name == "name" and os.sep in value)
-    return os.path.abspath(value) if is_path and os.path.exists(value) else value
+def _lasting(model: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments of `load_model` that were given, with paths that hold in any working directory."""
+    import open_clip
+
+    model = {key: value for key, value in model.items() if value is not None}
+    name, weights = model.get("name", ""), model.get("pretrained")
+    if name.startswith(_LOCAL):
+        model["name"] = _LOCAL + os.path.abspath(name.removeprefix(_LOCAL))
+    elif os.path.isdir(name) and not is_of_open_clip(name):
+        model["name"] = os.path.abspath(name)
+    # As for `load_model`, a file is what is neither that word nor a tag.
+    if weights not in (None, "random") and os.path.isfile(weights) and not open_clip.get_pretrained_cfg(name, weights):
+        model["pretrained"] = os.path.abspath(weights)
+    if "checkpoint" in model:
+        model["checkpoint"] = os.path.abspath(model["checkpoint"])
+    return model
 
 
 class _Failures(dict[str, str]):
@@ -625,22 +671,78 @@ def _locked(folder: str | os.PathLike[str]) -> Iterator[Path]:
         yield folder
 
 
-def _written(folder: Path, settings: dict[str, Any]) -> set[str]:
+class _Place(NamedTuple):
+    """Where the row of a picture is, and its stamp."""
+
+    shard: Path
+    stamp: str
+
+
+def _written(folder: Path, settings: dict[str, Any]) -> dict[str, _Place]:
     """The pictures that shards of these settings hold, those among them that Ray has written whole."""
+    written: dict[str, _Place] = {}
+    for shard in _shards(folder):
+        _check(shard, settings)
+        written |= {path: _Place(shard, stamp) for path, stamp in _stamps(shard)}
     if (folder / _RAY).exists():
         for file in sorted((folder / _RAY).iterdir()):
             try:
                 pq.read_metadata(file)  # lies at its end
             except pa.ArrowInvalid:
                 file.unlink()
-            else:
-                os.replace(file, _next_shard(folder))
+                continue
+            _check(file, settings)
+            stamps, shard = _stamps(file), _next_shard(folder)
+            _remove(written, (path for path, _ in stamps))
+            os.replace(file, shard)
+            written |= {path: _Place(shard, stamp) for path, stamp in stamps}
         (folder / _RAY).rmdir()
-    paths: set[str] = set()
-    for file in _shards(folder):
-        _check(file, settings)
-        paths.update(_read(file, ["path"])["path"].to_pylist())
-    return paths
+    return written
+
+
+def _todo(
+    sources: Sequence[Source], embedder: Embedder, written: dict[str, _Place], failed: Failed
+) -> tuple[list[Source], int]:
+    """What has no row yet or changed since, with its stamp, and how many others there are."""
+    todo, skipped = [], 0
+    for source in sources:
+        try:
+            stamp = embedder.stamp(source)
+        except (OSError, ValueError) as error:
+            failed(source.path, error)
+            continue
+        if source.path in written and written[source.path].stamp in (stamp, ""):
+            skipped += 1
+        else:
+            todo.append(source._replace(stamp=stamp))
+    return todo, skipped
+
+
+def _remove(written: dict[str, _Place], paths: Iterable[str]) -> None:
+    """Take pictures' rows, where they have some, out of the shards; a shard without rows goes."""
+    gone: dict[Path, list[str]] = defaultdict(list)
+    for path in paths:
+        if path in written:
+            gone[written.pop(path).shard].append(path)
+    for shard, names in gone.items():
+        table = _read(shard)
+        rest = table.filter(pc.invert(pc.is_in(table["path"], pa.array(names))))
+        if len(rest):
+            _write(shard, rest)
+        else:
+            shard.unlink()
+
+
+def _write(shard: Path, table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, **_PARQUET)
+    replace_file(shard, sink.getvalue())
+
+
+def _stamps(shard: Path) -> list[tuple[str, str]]:
+    """Path and stamp of each row."""
+    table = _read(shard, ["path", "stamp"])
+    return list(zip(table["path"].to_pylist(), table["stamp"].to_pylist(), strict=True))
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -667,8 +769,14 @@ def _settings(file: Path) -> dict[str, Any]:
 
 
 def _check(file: Path, expected: dict[str, Any]) -> None:
-    """Raise ValueError unless a shard's rows were made as those of `expected`."""
+    """Raise ValueError unless a shard's rows were made as those of `expected`; another version is a warning."""
     settings = _settings(file)
+    if settings["version"] != expected["version"]:
+        warnings.warn(
+            f"{file.parent} holds embeddings of maft-adapter {settings['version']} beside those of "
+            f"{expected['version']}, which may differ a little; to have one kind, embed into a new folder",
+            stacklevel=4,
+        )
     for key in sorted(expected.keys() - {"model", "version"}):  # `source` says what the model is
         if settings.get(key) != expected[key]:
             raise ValueError(
@@ -677,7 +785,7 @@ def _check(file: Path, expected: dict[str, Any]) -> None:
             )
 
 
-def _read(file: Path, columns: list[str]) -> pa.Table:
+def _read(file: Path, columns: list[str] | None = None) -> pa.Table:
     with _reading(file):
         return pq.read_table(file, columns=columns, partitioning=None, page_checksum_verification=True)
 

@@ -109,7 +109,7 @@ def load_model(
             raise ValueError(f"pretrained is {pretrained!r} without a model; name one, such as ViT-B-16")
         clip, tokenizer, mean, std = load_clip(mask_aware=True), tokenize, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
         size, class_names, templates = 96, CLASSES, WORLD_TEMPLATES
-    elif _of_open_clip(name):
+    elif is_of_open_clip(name):
         clip, tokenizer = _open_clip(name, pretrained)
         mean, std = clip.visual.preprocess_cfg["mean"], clip.visual.preprocess_cfg["std"]
     else:
@@ -172,7 +172,12 @@ def smallest_side(tower: Any) -> int:
     raise ValueError(f"{type(tower).__name__} takes no square images of less than 4096 pixels")
 
 
-def _of_open_clip(name: str) -> bool:
+def is_of_open_clip(name: str) -> bool:
+    """Whether open_clip loads a model of this name; if not, transformers does.
+
+    Raises:
+        ValueError: neither does.
+    """
     import open_clip
 
     known = open_clip.list_models()
@@ -225,11 +230,20 @@ def _transformers(name: str, pretrained: str | None) -> tuple[Any, Any, Triple, 
     if pretrained is not None:
         raise ValueError(f"pretrained is {pretrained!r}, but {name} comes with its weights: leave it out")
     try:
-        clip = AutoModel.from_pretrained(name).float()
+        clip, info = AutoModel.from_pretrained(name, output_loading_info=True)
         if not hasattr(clip, "get_text_features") or not hasattr(clip, "vision_model"):
             raise ValueError(f"a {type(clip).__name__} is no CLIP with a text encoder and a vision_model")
+        # transformers makes up what the file lacks, at random; position_ids, which old files hold, are just counted.
+        missing = sorted(key for key in info["missing_keys"] if not key.endswith("position_ids"))
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise ValueError(
+                f"its file lacks weights: {', '.join(missing[:3])}{more}; save or download all of it again"
+            )
         images = AutoImageProcessor.from_pretrained(name)
-        return clip, AutoTokenizer.from_pretrained(name), images.image_mean, images.image_std
+        normalized = getattr(images, "do_normalize", True)
+        mean, std = (images.image_mean, images.image_std) if normalized else ((0.0,) * 3, (1.0,) * 3)
+        return clip.float(), AutoTokenizer.from_pretrained(name), mean, std
     except Exception as error:  # of any kind: the hub's, json's, safetensors' ...
         raise OSError(f"{name} can't be loaded by transformers: {error or repr(error)}") from error
 

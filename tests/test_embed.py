@@ -1,10 +1,12 @@
 """Embeddings on disk: what a row says, killed and resumed runs, broken folders, tar files, Ray."""
 
+import contextlib
 import errno
 import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +21,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from test_models import small_open_clip, small_transformers  # noqa: F401
 
-from maft_adapter import cli, encode_masks
+from maft_adapter import cli, encode_masks, save_mask_aware
 from maft_adapter.models import load_model
 from maft_adapter.pictures import prepare
 from maft_adapter.proposals import Proposals
@@ -143,6 +146,65 @@ def test_the_mapped_file_is_made_again_after_a_change(pictures: Path, tmp_path: 
     assert len(list(out.glob("embeddings-*"))) == 1
 
 
+def test_files_of_others_stay(pictures: Path, tmp_path: Path, embedder: Embedder) -> None:
+    out = tmp_path / "out"
+    embed([pictures], out, embedder)
+    foreign = ["embeddings-mine.npy", "embeddings-0123456789abcdef.npy.bak", "my embeddings-0123456789abcdef.npy"]
+    stale = ["embeddings-0123456789abcdef.npy", "embeddings-0123456789abcdef.npy.part"]
+    for name in (*foreign, *stale):
+        (out / name).write_text(name)
+    read_embeddings(out)
+    assert [(out / name).read_text() for name in foreign] == foreign
+    assert not any((out / name).exists() for name in stale)
+
+
+READ = """
+import resource, sys
+from maft_adapter.embed import read_embeddings
+if sys.argv[2] == "limit":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+matrix = read_embeddings(sys.argv[1]).matrix
+print(type(matrix).__name__, matrix.shape, float(abs(matrix.astype(float)).sum()))
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk can't be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("kind", ["small_disk", "limit"])
+def test_without_room_the_matrix_is_held(
+    kind: str, pictures: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Read by a process of its own, which a full disk would kill where the file is written through a map."""
+
+    class Many(Halves):
+        def __call__(self, picture: NDArray[np.uint8], name: str = "") -> Proposals:
+            return Proposals(np.ones((50, *picture.shape[:2]), bool))
+
+    folder = request.getfixturevalue(kind) if kind == "small_disk" else tmp_path / "out"
+    embed([pictures], folder, Embedder(Many()))
+    if kind == "small_disk":
+        with (folder / "filler").open("wb", buffering=0) as file:
+            with contextlib.suppress(OSError):
+                while file.write(bytes(4096)):
+                    pass
+            file.truncate(file.tell() - 2 * 4096)  # room for the beginning alone
+    child = subprocess.run([sys.executable, "-c", READ, folder, kind], capture_output=True, text=True)
+    assert child.returncode == 0, child
+    assert not list(folder.glob("embeddings-*"))
+    with module._locked(folder):
+        expected = read_embeddings(folder).matrix
+    assert child.stdout.split(maxsplit=1) == ["ndarray", f"(350, 64) {abs(expected.astype(float)).sum()}\n"]
+
+
 def test_only_invalid_masks(tmp_path: Path, embedder: Embedder) -> None:
     Image.new("RGB", (40, 30), (128, 128, 128)).save(tmp_path / "grey.png")
     embed([tmp_path / "grey.png"], tmp_path / "out", embedder)
@@ -173,6 +235,61 @@ def test_a_second_run_skips_and_tries_bad_pictures_again(pictures: Path, tmp_pat
     assert (summary.embedded, summary.skipped, len(summary.failed)) == (1, 7, 3)
     assert {name: shards(out)[name] for name in whole} == whole and len(rows(out)) == 8
     assert rows(out)[-1]["path"] == str(bad)
+
+
+def test_pictures_that_changed_are_embedded_again(pictures: Path, tmp_path: Path, embedder: Embedder) -> None:
+    out, changed, broken = tmp_path / "out", pictures / "2 画.png", pictures / "4 画.png"
+    embed([pictures], out, embedder, per_shard=2)
+    before = {row["path"]: row for row in rows(out)}
+    Image.fromarray(render_scene(9).image[:50]).save(changed)
+    broken.write_text("no picture now")
+    summary = embed([pictures], out, embedder, per_shard=2)
+    assert summary[:2] == (1, 5) and list(summary.failed) == [str(broken)]
+    found = rows(out)
+    assert [row["path"] for row in found] == [path for path in before if path != str(changed)] + [str(changed)]
+    assert all(before[row["path"]] == row for row in found[:-1])  # that of the broken one, too: nothing has replaced it
+    embed([changed], tmp_path / "alone", embedder)
+    assert rows(tmp_path / "alone") == found[-1:]
+    assert len(read_embeddings(out).paths) == 7
+
+    for path in (pictures / "0 画.png", pictures / "1 画.png"):  # a whole shard
+        os.utime(path, (1, 1))
+    assert embed([pictures], out, embedder, per_shard=2)[:2] == (2, 4)
+    assert "000000.parquet" not in shards(out) and len(rows(out)) == 7
+    assert embed([pictures], out, embedder)[:2] == (0, 6)
+
+
+def test_masks_from_files_beside_the_pictures(pictures: Path) -> None:
+    """The folder that is written lies below that of the masks, and only pictures whose masks changed are embedded."""
+    for path in list(pictures.iterdir()):
+        Image.open(path).save(path.with_suffix(".jpg"))
+        np.save(path.with_suffix(".npy"), Halves()(np.array(Image.open(path))).masks)
+        path.unlink()
+    out, files = pictures / "out", f"files:{pictures}"
+    assert embed([pictures], out, Embedder(files)) == (7, 0, {})
+    assert embed([pictures], out, Embedder(files)) == (0, 7, {})
+    changed = np.ones((1, 61, 96), bool)
+    np.save(pictures / "1 画.npy", changed)
+    (pictures / "3 画.npy").unlink()
+    summary = embed([pictures], out, Embedder(files))
+    assert summary[:2] == (1, 5) and list(summary.failed) == [str(pictures / "3 画.jpg")]
+    assert "holds no masks of" in summary.failed[str(pictures / "3 画.jpg")]
+    assert rows(out)[-1]["path"] == str(pictures / "1 画.jpg") and rows(out)[-1]["areas"] == [changed.sum()]
+
+
+def test_embeddings_that_are_not_finite_are_refused(pictures: Path, tmp_path: Path) -> None:
+    embedder = Embedder(Halves())
+    encode, calls = embedder.model.clip.visual.ln_post.forward, []
+
+    def damaged(x: torch.Tensor) -> torch.Tensor:
+        calls.append(0)
+        return encode(x) * (float("nan") if len(calls) == 2 else 1)
+
+    embedder.model.clip.visual.ln_post.forward = damaged
+    summary = embed([pictures], tmp_path / "out", embedder)
+    assert summary.embedded == 6 and list(summary.failed) == [str(pictures / "1 画.png")]
+    assert "embeddings that are not finite" in summary.failed[str(pictures / "1 画.png")]
+    assert all(np.isfinite(row["embeddings"]).all() for row in rows(tmp_path / "out"))
 
 
 def test_a_proposer_that_fails_is_reported_by_the_picture(pictures: Path, tmp_path: Path, embedder: Embedder) -> None:
@@ -295,7 +412,7 @@ def cut(out: Path) -> None:
         (flipped, "000001.parquet is damaged .*; delete it, and embed its pictures again"),
         (cut, "000001.parquet is damaged"),
         (lambda out: rewrite(out / "000001.parquet", size=64), "000001.parquet was made with size 64, not 96"),
-        (lambda out: rewrite(out / "000000.parquet", format=2), "000000.parquet has format 2"),
+        (lambda out: rewrite(out / "000000.parquet", format=1), "000000.parquet has format 1"),
         (lambda out: os.link(out / "000000.parquet", out / "7.parquet"), "holds .*0 画.png twice"),
     ],
 )
@@ -306,6 +423,16 @@ def test_broken_and_mixed_folders_are_refused_by_name(
     break_it(tmp_path / "out")
     with pytest.raises(ValueError, match=message):
         read_embeddings(tmp_path / "out")
+
+
+def test_another_version_of_the_library_is_a_warning(pictures: Path, tmp_path: Path, embedder: Embedder) -> None:
+    out = tmp_path / "out"
+    embed([pictures], out, embedder, per_shard=4)
+    rewrite(out / "000001.parquet", version="0.0.1")
+    with pytest.warns(UserWarning, match=r"out holds embeddings of maft-adapter 0.0.1 beside those of \d"):
+        assert embed([pictures], out, embedder).skipped == 7
+    with pytest.warns(UserWarning, match=r"out holds embeddings of maft-adapter 0.0.1 beside those of \d"):
+        read_embeddings(out)
 
 
 def test_folders_that_cannot_be_read_or_written(pictures: Path, tmp_path: Path, embedder: Embedder) -> None:
@@ -334,6 +461,37 @@ def test_the_model_of_embeddings_is_loaded_and_checked(embedder: Embedder, tmp_p
         model_of({**embedder.settings, "source": "another"})
 
 
+@pytest.mark.parametrize("kind", ["open_clip", "transformers"])
+def test_models_in_folders_are_found_from_anywhere(
+    kind: str, pictures: Path, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(str(request.getfixturevalue(f"small_{kind}")).removeprefix("local-dir:"))
+    prefix = "local-dir:" if kind == "open_clip" else ""
+    if prefix:
+        save_mask_aware(load_model(f"{prefix}{folder}").clip.visual, folder / "tower.safetensors")
+    (tmp_path / "elsewhere").mkdir()
+    for place in (folder.parent, tmp_path / "elsewhere"):
+        monkeypatch.chdir(place)
+        name = os.path.relpath(folder)
+        checkpoint = Path(name, "tower.safetensors") if prefix else None
+        embed([pictures], tmp_path / "out", Embedder(Halves(), size=64, name=prefix + name, checkpoint=checkpoint))
+    settings = read_embeddings(tmp_path / "out").settings
+    assert settings["model"]["name"] == f"{prefix}{folder}"
+    assert model_of(settings).source == settings["source"]
+
+
+def test_names_that_are_no_paths_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ViT-B-32").mkdir()
+    for name in ("random", "openai", "weights.pt"):
+        (tmp_path / name).touch()
+    for weights in ("random", "openai"):
+        given = {"name": "ViT-B-32", "pretrained": weights}
+        assert module._lasting({**given, "checkpoint": None}) == given
+    given = {"name": "ViT-B-32", "pretrained": "weights.pt"}
+    assert module._lasting(given) == {**given, "pretrained": str(tmp_path / "weights.pt")}
+
+
 @pytest.fixture
 def shard(pictures: Path, tmp_path: Path) -> Path:
     """A webdataset shard of the pictures with a text beside each."""
@@ -350,12 +508,20 @@ def test_members_of_tar_files_are_pictures(shard: Path, pictures: Path, tmp_path
     assert embed([shard], tmp_path / "tar", embedder) == (7, 0, {})
     names = [f"{shard}/sub/{i}.PNG" for i in range(7)]
     assert [row.pop("path") for row in rows(tmp_path / "tar")] == names
-    without = [[{**row, "path": None} for row in rows(tmp_path / folder)] for folder in ("files", "tar")]
+    without = [[{**row, "path": None, "stamp": None} for row in rows(tmp_path / folder)] for folder in ("files", "tar")]
     assert without[0] == without[1]
     assert source_of(names[2]).read() == sorted(pictures.iterdir())[2].read_bytes()
     assert source_of(str(pictures / "grey.png")).read() == (pictures / "grey.png").read_bytes()
     with pytest.raises(FileNotFoundError, match="no such member"):
         source_of(f"{shard}/none.png")
+
+
+def test_masks_beside_pictures_in_tar_files_are_none(pictures: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as file:
+        for name in ("1.5/a.jpg", "1.5/a.seg.png", "1.5/a.txt", "b.PNG", "._b.PNG"):
+            file.add(pictures / "grey.png", name)
+    found = find_sources([tmp_path / "a.tar"], lambda *error: pytest.fail(str(error)))
+    assert [source.path for source in found] == [str(tmp_path / "a.tar" / name) for name in ("1.5/a.jpg", "b.PNG")]
 
 
 def test_broken_tar_files_are_reported_and_the_others_go_on(shard: Path, tmp_path: Path, embedder: Embedder) -> None:
@@ -396,6 +562,7 @@ def test_batches_name_pictures_or_hold_them(
     named = embedder(pa.Table.from_pylist([Source(path, path)._asdict() for path in [*paths, "gone.png"]]))
     held = embedder(pa.table({"path": paths, "bytes": [Path(path).read_bytes() for path in paths]}))
     assert named.equals(held, check_metadata=True) and named["path"].to_pylist() == paths
+    assert set(named["stamp"].to_pylist()) == {""}
     assert "failed: gone.png: " in capsys.readouterr().err
     assert embedder(held.select(["path"]).append_column("bytes", pa.array([b"x"] * 7))).schema == embedder.schema
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 import transformers
 from open_clip.transformer import QuickGELU
+from safetensors.torch import load_file, save_file
 from test_classify import clip_tokenizer
 from zoo import DEPTH, HEADS, PATCH, WIDTH, randomize
 
 from maft_adapter import encode_masks, make_mask_aware, save_mask_aware
 from maft_adapter.classify import text_classifier
 from maft_adapter.models import image_tower, load_model, smallest_side
+from maft_adapter.pictures import prepare
 from maft_adapter.shapes import CLASSES, load_clip, preprocess, render_scene
 
 MASKS = torch.rand(1, 3, 24, 24) > 0.5
@@ -104,6 +106,25 @@ def test_transformers(small_transformers: Path) -> None:
     with torch.no_grad():
         embeddings = encode_masks(model.clip, torch.randn(1, 3, 32, 48), MASKS)
     assert embeddings.shape[-1] == text.shape[-1] == 16
+
+
+def test_a_processor_of_transformers_that_does_not_normalise(small_transformers: Path) -> None:
+    transformers.CLIPImageProcessor(do_normalize=False).save_pretrained(small_transformers)
+    model = load_model(str(small_transformers))
+    assert (model.mean, model.std) == ((0, 0, 0), (1, 1, 1))
+    picture = render_scene(0).image[:32, :32]
+    processor = transformers.AutoImageProcessor.from_pretrained(small_transformers)
+    expected = processor(picture, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(prepare(picture, model.mean, model.std, 32, multiple=32), expected)
+
+
+def test_missing_weights_of_transformers_are_named(small_transformers: Path) -> None:
+    file = small_transformers / "model.safetensors"
+    weights = load_file(file)
+    gone = ["text_projection.weight", "visual_projection.weight"]
+    save_file({name: weight for name, weight in weights.items() if name not in gone}, file, {"format": "pt"})
+    with pytest.raises(OSError, match=rf"can't be loaded by transformers: its file lacks weights: {', '.join(gone)};"):
+        load_model(str(small_transformers))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

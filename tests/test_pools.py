@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from zoo import ZOO, assert_same_modules, mask_aware_tower, plain_tower, random_images, random_masks, snapshot
+from zoo import (
+    ZOO,
+    assert_same_modules,
+    mask_aware_tower,
+    plain_tower,
+    random_images,
+    random_masks,
+    snapshot,
+    timm_tower,
+)
 
 from maft_adapter import make_mask_aware
 from maft_adapter.towers import class_token
@@ -68,6 +77,14 @@ def test_a_pool_that_does_not_do_what_its_parts_say(name: str, lie: str, says: s
         make_mask_aware(tower)
     assert_same_modules(snapshot(tower), modules)
     assert [module.training for module in tower.modules()] == modes
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_a_maximum_is_no_mean_though_the_towers_own_map_be_one_cell(size: int) -> None:
+    tower = timm_tower("convnext_tiny", "", size=size, depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
+    tower.trunk.head.global_pool.pool = nn.AdaptiveMaxPool2d(1)
+    with pytest.raises(ValueError, match=r"trunk \(ConvNeXt\) computes something else"):
+        make_mask_aware(tower)
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """Masks made elsewhere: files written by hand and by other libraries, and broken ones."""
 
+import io
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from PIL import Image
 from pycocotools import mask as coco
 from pycocotools.coco import COCO
 
-from maft_adapter.proposals import Files, Proposals, check_proposals, proposer
+from maft_adapter.proposals import Files, Proposals, base, check_proposals, proposer
+from maft_adapter.proposals.convert import from_rle
 
 HEIGHT, WIDTH = 6, 9
 PICTURE = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
@@ -103,9 +106,9 @@ def test_panoptic_of_coco(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"panoptic.json gives no masks: entry 1 of 'annotations' has no file_name"):
         Files(path)
     write_json(path, {**content, "annotations": content["annotations"][:1]})
-    settings = Files(path).settings
+    version = Files(path).version("dog.jpg")
     Image.new("RGB", (WIDTH, HEIGHT)).save(png)
-    assert Files(path).settings != settings
+    assert Files(path).version("dog.jpg") != version
     with pytest.raises(ValueError, match=rf"dog.png gives no masks: ids \[5, {big}\] are in the PNG or in the JSON"):
         read(path)
     Image.new("L", (WIDTH, HEIGHT)).save(png)
@@ -157,9 +160,10 @@ def test_arrays(tmp_path: Path) -> None:
 def test_a_folder_of_pngs(tmp_path: Path) -> None:
     folder = tmp_path / "dog.v2"
     folder.mkdir()
-    assert read(tmp_path, "dog.v2.jpg").masks.shape == (0, HEIGHT, WIDTH)
-    for i, (mask, number) in enumerate(zip(MASKS, (2, 10, 9), strict=True)):
-        Image.fromarray(mask.astype(np.uint8) * (255 if i else 1)).save(folder / f"{number}.png")
+    with pytest.raises(ValueError, match=r"dog.v2 gives no masks: the folder holds no PNG; .* write \[\]"):
+        read(tmp_path, "dog.v2.jpg")
+    for i, (mask, name) in enumerate(zip(MASKS, ("2.png", "10.png", "9.PNG"), strict=True)):
+        Image.fromarray(mask.astype(np.uint8) * (255 if i else 1)).save(folder / name)
     (folder / "metadata.csv").write_text("id,area\n")  # SAM's script writes one
     assert np.array_equal(read(tmp_path, "dog.v2.jpg").masks, MASKS[[0, 2, 1]])
     Image.fromarray(np.arange(HEIGHT * WIDTH, dtype=np.uint8).reshape(HEIGHT, WIDTH)).save(folder / "11.png")
@@ -318,9 +322,96 @@ def test_other_damage_is_named(tmp_path: Path) -> None:
         read(tmp_path, "text.jpg")
 
 
-def test_settings_tell_that_a_file_changed(tmp_path: Path) -> None:
-    np.save(tmp_path / "dog.npy", MASKS)
-    settings = {Files(tmp_path).settings, Files(tmp_path / "dog.npy").settings}
-    assert {Files(tmp_path).settings, Files(tmp_path / "dog.npy").settings} == settings
+def test_versions_tell_that_a_pictures_masks_changed_and_settings_the_path(tmp_path: Path) -> None:
+    for name in ("dog", "cat"):
+        np.save(tmp_path / f"{name}.npy", MASKS)
+    path = write_json(tmp_path / "all.json", instances([rle(MASKS[0])]))
+
+    def versions() -> list[str]:
+        places = (tmp_path, "dog.jpg"), (tmp_path, "cat.jpg"), (tmp_path / "dog.npy", "dog.jpg"), (path, "dog.jpg")
+        return [Files(place).version(name) for place, name in places]
+
+    before, settings = versions(), Files(tmp_path).settings
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "cat.npy").touch()
+    assert versions() == before
     np.save(tmp_path / "dog.npy", MASKS[:2])
-    assert not settings & {Files(tmp_path).settings, Files(tmp_path / "dog.npy").settings}
+    write_json(path, instances([rle(MASKS[1])] * 2))
+    assert [a == b for a, b in zip(before, versions(), strict=True)] == [False, True, False, False]
+    assert Files(tmp_path).settings == settings != Files(path).settings
+    for name, message in (("", "give name="), ("cow.jpg", "holds no masks of 'cow.jpg'")):
+        with pytest.raises(ValueError, match=message):
+            Files(tmp_path).version(name)
+
+
+def test_masks_are_one_pictures(tmp_path: Path) -> None:
+    np.save(tmp_path / "dog.npy", MASKS)
+    (tmp_path / "b").mkdir()
+    np.save(tmp_path / "b" / "dog.npy", MASKS[:1])
+    write_json(tmp_path / "all.json", instances([rle(MASKS[0])]))
+    for place, holder in (
+        (tmp_path, "dog.npy"),
+        (tmp_path / "dog.npy", "dog.npy"),
+        (tmp_path / "all.json", "all.json"),
+    ):
+        files = Files(place)
+        assert files.version("a/dog.jpg") == files.version("./a/dog.jpg")
+        files(PICTURE, "a/dog.jpg")
+        for other in ("c/dog.jpg", "a/dog.png"):
+            message = rf"{holder} holds the masks of .*/a/dog.jpg, .* of '{other}', too"
+            with pytest.raises(ValueError, match=message):
+                files.version(other)
+            with pytest.raises(ValueError, match=message):
+                files(PICTURE, other)
+    files = Files(tmp_path)
+    assert [len(files(PICTURE, name).masks) for name in ("a/dog.jpg", "b/dog.jpg", "a/dog.jpg")] == [3, 1, 3]
+
+
+def test_masks_that_memory_should_not_hold_are_refused_before_they_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side = 300  # with 16-bit ids, 5.9 GB
+    ids = np.arange(side * side).reshape(side, side) % 65536
+    Image.fromarray(ids.astype(np.uint16)).save(tmp_path / "ids.png")
+    np.save(tmp_path / "array.npy", ids)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|b1", "fortran_order": False, "shape": (10**6, side, side)})
+    (tmp_path / "promise.npy").write_bytes(header.getvalue())
+    with zipfile.ZipFile(tmp_path / "packed.npz", "w") as file:
+        file.writestr("masks.npy", header.getvalue())
+    for stem, count in {"ids": 65535, "array": 65535, "promise": 10**6, "packed": 10**6}.items():
+        message = rf"{stem}\.\w+ gives no masks: masks of {count} x 300 x 300 pixels are more than a picture may have"
+        with pytest.raises(ValueError, match=message):
+            Files(tmp_path)(np.zeros((side, side, 3), np.uint8), f"{stem}.jpg")
+
+    monkeypatch.setattr(base, "MOST_PIXELS", 3 * HEIGHT * WIDTH - 1)
+    write_json(tmp_path / "sam.json", [{"segmentation": rle(mask)} for mask in MASKS])
+    write_json(tmp_path / "coco.json", instances([rle(mask) for mask in MASKS], "coco.jpg"))
+    (tmp_path / "folder").mkdir()
+    for i, mask in enumerate(MASKS):
+        Image.fromarray(mask).save(tmp_path / "folder" / f"{i}.png")
+    for name in ("sam", "coco", "folder"):
+        with pytest.raises(ValueError, match=rf"{name}\S* gives no masks: masks of 3 x 6 x 9 pixels are more than"):
+            read(tmp_path, f"{name}.jpg")
+    with pytest.raises(ValueError, match="masks of 3 x 6 x 9 pixels are more than"):
+        from_rle([rle(mask) for mask in MASKS])
+    monkeypatch.setattr(base, "MOST_PIXELS", HEIGHT * WIDTH - 1)
+    with pytest.raises(ValueError, match=r"masks of \d x 6 x 9 pixels are more than"):
+        proposer("superpixels")(PICTURE)
+
+
+def test_an_id_map_of_another_size_is_refused_before_its_masks_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "dog.npy", IDS.T)
+    monkeypatch.setattr(base, "MOST_PIXELS", IDS.size)
+    with pytest.raises(ValueError, match=r"masks are 9 x 6 .* the picture 6 x 9, turned"):
+        read(tmp_path)
+
+
+def test_annotations_of_no_picture_are_named(tmp_path: Path) -> None:
+    content = instances([rle(MASKS[0])])
+    content["annotations"].append({"image_id": "4", "segmentation": rle(MASKS[1])})  # a string, the image's is a number
+    path = write_json(tmp_path / "all.json", content)
+    with pytest.raises(ValueError, match=r"all.json gives no masks: annotations are of the picture with the id '4'"):
+        Files(path)

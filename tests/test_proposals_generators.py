@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from maft_adapter.proposals import check_proposals, proposer
+from maft_adapter.proposals import base, check_proposals, proposer
 from maft_adapter.proposals import generators as generators_module
 from maft_adapter.proposals.generators import Mask2Former, Sam
 
@@ -203,6 +203,13 @@ def test_queries_are_soft_masks_with_class_scores(
     assert class_scores.shape == (len(masks), 5 + 1)  # five labels; "no object" is the last of the model's, too
     quality = [mask[mask > 0.5].mean() if (mask > 0.5).any() else 0 for mask in masks]
     assert scores is not None and np.allclose(scores, probabilities[:, :-1].max(1) * quality, atol=1e-4)
+
+
+def test_queries_of_a_huge_picture_are_refused(saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = Mask2Former(str(saved(mask2former)))
+    monkeypatch.setattr(base, "MOST_PIXELS", 7 * 40 * 60 - 1)
+    with pytest.raises(ValueError, match="masks of 7 x 40 x 60 pixels are more than a picture may have"):
+        generator(picture(40, 60))
 
 
 def test_padding_is_cut_off(saved: Callable[..., Path]) -> None:

@@ -18,8 +18,9 @@ def add(commands: Any) -> None:
         description=(
             "Embed every mask of pictures and write Parquet files of one row a picture: path, size, masks as COCO RLE, "
             "areas, boxes, scores, which masks are valid, and embeddings in float16 of unit length. A second run skips "
-            "what is there, so that a run that was stopped goes on, and tries again what failed; options must be the "
-            "same. A picture that fails is named, the others go on, and the exit status is 1."
+            "what is there, so that a run that was stopped goes on, tries again what failed, and embeds again pictures "
+            "that changed or whose masks did; options must be the same. A picture that fails is named, the others go "
+            "on, and the exit status is 1."
         ),
     )
     add_pictures(embed, "files, folders, patterns, webdataset shards (.tar)")

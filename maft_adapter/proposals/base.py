@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+MOST_PIXELS = 2**32  # of all masks of a picture: 4 GB as bool
 
 
 class Proposals(NamedTuple):
@@ -29,6 +32,9 @@ class Proposals(NamedTuple):
 class Proposer(Protocol):
     """What makes the proposals of a picture.
 
+    One whose result depends on more than the picture and the settings, as that of `Files` does, has a method
+    `version(name)`, too: a string that tells so, see `version_of`.
+
     Attributes:
         settings: all that determines the result besides the picture, in words.
     """
@@ -39,6 +45,21 @@ class Proposer(Protocol):
     def __call__(self, picture: NDArray[np.uint8], name: str = "") -> Proposals:
         """The proposals of a picture (H, W, 3) uint8 RGB; `name` is its file's, for masks that come from files."""
         ...
+
+
+def version_of(proposer: Proposer, name: str) -> str:
+    """What the proposals of the picture `name` depend on besides its pixels and the settings; "" if on nothing."""
+    version = getattr(proposer, "version", None)
+    return "" if version is None else version(name)
+
+
+def check_room(shape: Sequence[int]) -> None:
+    """Raise ValueError, before memory is taken, if masks (N, H, W) have more pixels than one picture's should."""
+    if math.prod(map(int, shape)) > MOST_PIXELS:
+        raise ValueError(
+            f"masks of {' x '.join(map(str, shape))} pixels are more than a picture may have, {MOST_PIXELS / 1e9:.1f} "
+            "billion; keep fewer masks, or reduce the picture and them"
+        )
 
 
 def check_picture(picture: NDArray[np.uint8]) -> None:

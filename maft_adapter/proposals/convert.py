@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..extras import extra
 from ..masks import boxes_to_masks
-from .base import Proposals, check_proposals, check_size
+from .base import Proposals, check_proposals, check_room, check_size
 
 if TYPE_CHECKING:
     import supervision
@@ -68,7 +68,8 @@ def from_rle(rles: Sequence[Mapping[str, Any]], size: tuple[int, int] | None = N
 
     Raises:
         TypeError: an entry is not such a dictionary.
-        ValueError: the sizes differ, or the runs of a code are damaged: they don't fill its size.
+        ValueError: the sizes differ, the masks would be more than memory should hold (4 billion pixels), or the runs
+            of a code are damaged: they don't fill its size.
 
     Example:
         >>> from_rle([{"size": [2, 2], "counts": [0, 1, 2, 1]}]).astype(int).tolist()
@@ -89,6 +90,7 @@ def from_rle(rles: Sequence[Mapping[str, Any]], size: tuple[int, int] | None = N
     if size is None:
         raise ValueError("there are no codes to tell the size of the masks: give size=(height, width)")
     height, width = size
+    check_room((len(rles), height, width))
     masks = np.empty((len(rles), height, width), bool)
     for i, (mask, rle) in enumerate(zip(masks, rles, strict=True)):
         runs = _runs(rle["counts"])
@@ -194,10 +196,14 @@ def mask_of(segmentation: Any, owner: str, size: tuple[int, int] | None) -> NDAr
 def stack(masks: Iterable[NDArray[np.bool_]], count: int, size: tuple[int, int]) -> NDArray[np.bool_]:
     """N masks (H, W), which need not be there at the same time -> (N, H, W).
 
+    Raises:
+        ValueError: there are more of them than memory should hold.
+
     Example:
         >>> stack(iter([]), 0, (2, 3)).shape
         (0, 2, 3)
     """
+    check_room((count, *size))
     return np.fromiter(masks, np.dtype((bool, size)), count)
 
 

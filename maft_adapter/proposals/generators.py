@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from ..extras import extra
-from .base import Proposals, check_picture, fingerprint
+from .base import Proposals, check_picture, check_room, fingerprint
 from .convert import stack
 
 with extra("sam"):
@@ -163,7 +163,7 @@ class Mask2Former:
             the model's own instance segmentation; 0 where it never is.
 
         Raises:
-            ValueError: a picture of another form.
+            ValueError: a picture of another form, or so large that its masks would have more than 4 billion pixels.
         """
         check_picture(picture)
         inputs = self._processor(images=Image.fromarray(picture), return_tensors="pt")
@@ -173,6 +173,7 @@ class Mask2Former:
         height, width = int(seen.any(1).sum()), int(seen.any(0).sum())
         class_scores = outputs.class_queries_logits[0].float().softmax(-1)  # (N, C+1)
         logits = outputs.masks_queries_logits[0].float()  # (N, h, w)
+        check_room((len(logits), *picture.shape[:2]))
         masks = np.empty((len(logits), *picture.shape[:2]), np.float32)
         scores = class_scores[:, :-1].amax(-1).cpu().numpy()  # (N,)
         for n, query in enumerate(logits):  # one by one, since all at once would be there several times
@@ -199,5 +200,8 @@ def _load(auto: Any, name: str, kinds: tuple[str, ...]) -> tuple[Any, Any, str]:
     except (OSError, ValueError, SafetensorError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"{name!r} is no model of transformers of the kind {' or '.join(kinds)}: {error}") from error
-    version = fingerprint(Path(name)) if Path(name).is_dir() else getattr(config, "_commit_hash", None)
-    return model.eval(), processor, f"{name} {version}"
+    if Path(name).is_dir():
+        source = f"{Path(name).resolve()} {fingerprint(Path(name))}"
+    else:
+        source = f"{name} {getattr(config, '_commit_hash', None)}"
+    return model.eval(), processor, source

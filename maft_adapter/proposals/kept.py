@@ -16,9 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint import replace_file
-from .base import Proposals, Proposer, check_picture, check_proposals
+from .base import Proposals, Proposer, check_picture, check_proposals, version_of
 from .convert import from_rle, to_rle
-from .files import Files
 
 _FORMAT = 1  # of the entries; to be raised when it changes, so that older ones are made again
 _DIGEST = 32  # bytes of it, before the rest
@@ -27,7 +26,7 @@ _DIGEST = 32  # bytes of it, before the rest
 class Kept:
     """A proposer that asks another one once a picture and keeps what it gave in a folder.
 
-    An entry is found by the picture's pixels and the proposer's settings (and, for `Files`, the picture's name), so
+    An entry is found by the picture's pixels and the proposer's settings (and, for `Files`, the file of its masks), so
     moved and renamed pictures find theirs, and those of other settings are not used. It begins with a checksum over
     both and the rest; one that does not match is made again, with a warning. Entries are written whole or not at all,
     so processes may share the folder. Nothing is ever removed; the folder can be at any time.
@@ -64,6 +63,10 @@ class Kept:
         """Those of the other proposer."""
         return self.proposer.settings
 
+    def version(self, name: str) -> str:
+        """That of the other proposer."""
+        return version_of(self.proposer, name)
+
     def __call__(self, picture: NDArray[np.uint8], name: str = "") -> Proposals:
         """The proposals of a picture (H, W, 3) uint8 RGB, kept or made now.
 
@@ -72,7 +75,7 @@ class Kept:
             OSError: they can't be written or read; and whatever the other proposer raises.
         """
         check_picture(picture)
-        about = [_FORMAT, self.settings, name if isinstance(self.proposer, Files) else "", picture.shape, picture.dtype]
+        about = [_FORMAT, self.settings, self.version(name), picture.shape, picture.dtype]
         key = hashlib.sha256(repr(about).encode(errors="surrogateescape"))
         key.update(picture.tobytes())
         # Each folder stays small enough to be listed, as is done whenever a file is replaced.

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..extras import extra
-from .base import Proposals, check_picture
+from .base import Proposals, check_picture, check_room
 
 with extra("pictures"):
     from PIL import Image
@@ -56,7 +56,8 @@ def propose_masks(
         has no other.
 
     Raises:
-        ValueError: the image has another shape or dtype, or a number is out of its range.
+        ValueError: the image has another shape or dtype, a number is out of its range, or the picture is so large that
+            its masks would have more than 4 billion pixels.
 
     Example:
         >>> image = np.zeros((32, 32, 3), np.uint8)
@@ -87,6 +88,7 @@ def propose_masks(
     for i in large[np.argsort(-areas[large], kind="stable")]:
         if len(kept) < most and (iou[i, kept] <= max_iou).all():
             kept.append(i)
+    check_room((len(kept), height, width))
     masks = np.empty((len(kept), height, width), bool)
     for mask, i in zip(masks, kept, strict=True):
         first = sum(tree.regions.shape[1] for tree in trees[: tree_of[i]])

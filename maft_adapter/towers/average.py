@@ -61,19 +61,19 @@ def check(visual: Any, start_layer: int) -> None:
     refuse_unknown(visual.head, ("drop", "proj", "mlp"), "head")
     if getattr(trunk, "attn_pool", None) is not None:
         raise ValueError("trunk has an attention pool beside its average, which is unknown here")
-    tower: type = _TimmMapTower
-    shape: tuple[int, ...]
+    where = f"trunk ({type(trunk).__name__})"
     if hasattr(trunk, "_pos_embed") or hasattr(trunk, "embeds"):
         check_timm_vit(trunk)
         if trunk.num_prefix_tokens:
             raise ValueError(f"trunk averages its patches beside {trunk.num_prefix_tokens} tokens without a place")
-        tower, grid, shape = _TimmViTTower, _CELLS, (1, _CELLS[0] * _CELLS[1], trunk.num_features)
+        tokens = (1, _CELLS[0] * _CELLS[1], trunk.num_features)
+        prove_pool(patched_copy(visual, _TimmViTTower), tokens, _CELLS, where)
+        prove_timm_vit(visual, _TimmViTTower)
     else:
         shape, grid = _check_map(visual)
-    prove_pool(patched_copy(visual, tower), shape, grid, f"trunk ({type(trunk).__name__})")
-    if tower is _TimmViTTower:
-        prove_timm_vit(visual, tower)
-    else:
+        # Not on the tower's own grid, which may be one cell, whose maximum is its mean.
+        features = (1, *_CELLS, shape[3]) if _is_nhwc(trunk) else (1, shape[1], *_CELLS)
+        prove_pool(patched_copy(visual, _TimmMapTower), features, _CELLS, where)
         _prove_map(visual, shape, grid)
 
 
