@@ -316,7 +316,8 @@ def test_the_keys_and_what_they_are_by_default(architectures: Registry, tmp_path
     assert cfg.MODEL.META_ARCHITECTURE == "MAFT_zsseg"
     assert cfg.MODEL.MAFT == {
         "START_LAYER": 8, "SIZE": 480, "KEEP_ASPECT_RATIO": False, "FREEZE": "paper", "LOSS": "smooth_l1",
-        "DISTILLATION_WEIGHT": 1.0, "TOWER": "", "HOST_ARCHITECTURE": "ZeroShotMaskFormer",
+        "DISTILLATION_WEIGHT": 1.0, "STUDENT": "", "TEACHER": "", "TOWER": "",
+        "HOST_ARCHITECTURE": "ZeroShotMaskFormer",
     }  # fmt: skip
 
 
@@ -436,16 +437,46 @@ def test_the_authors_checkpoint_is_a_tower_to_evaluate(
         model.train()(inputs())
 
 
-def test_a_tower_file_of_other_settings_or_none(
-    architectures: Registry, config: Any, build: Any, tmp_path: Path
+@pytest.mark.parametrize("iteration", [0, 7])
+def test_student_and_teacher_from_files(
+    architectures: Registry, config: Any, build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, iteration: int
 ) -> None:
+    """The student is read where a run begins: later it is in the run's own checkpoint."""
+    iterations = SimpleNamespace(get_event_storage=lambda: SimpleNamespace(iter=iteration))
+    monkeypatch.setitem(sys.modules, "detectron2.utils", SimpleNamespace(events=iterations))
+    monkeypatch.setitem(sys.modules, "detectron2.utils.events", iterations)
+    weights = {name: copy.deepcopy(visual(build()).state_dict()) for name in ("student", "teacher")}
+    for shift, (name, state) in enumerate(weights.items(), 1):
+        state["proj"] += shift
+        torch.save(state, tmp_path / f"{name}.pth")
+    files = {name.upper(): str(tmp_path / f"{name}.pth") for name in weights}
+    model = built(architectures, config(**files))
+    model.load_state_dict(build().state_dict())
+    assert torch.equal(model.stage2.teacher.proj, weights["teacher"]["proj"])
+    segment(model.eval())
+    assert torch.equal(visual(model).proj, visual(build()).proj)  # what is evaluated is in MODEL.WEIGHTS
+    model.train()(inputs())
+    expected = weights["student"]["proj"] if iteration == 0 else visual(build()).proj
+    assert torch.equal(visual(model).proj, expected)
+    with torch.no_grad():
+        visual(model).proj.add_(1)  # as a step of training
+    model(inputs())
+    assert torch.equal(visual(model).proj, expected + 1)
+
+
+@pytest.mark.parametrize("key", ["STUDENT", "TEACHER", "TOWER"])
+def test_a_tower_s_file_that_is_none(architectures: Registry, config: Any, key: str) -> None:
+    architectures["ZeroShotMaskFormer"] = lambda cfg: pytest.fail("was built")
+    with pytest.raises(ValueError, match=rf"MODEL\.MAFT\.{key} is no\.pth, which is no file"):
+        built(architectures, config(**{key: "no.pth"}))
+
+
+def test_a_tower_file_of_other_settings(architectures: Registry, config: Any, build: Any, tmp_path: Path) -> None:
     save_mask_aware(visual(prepared(build())), tmp_path / "tower.safetensors")  # start_layer 1
     with pytest.raises(ValueError, match=r"saved with \{'start_layer': 1\}"):
         built(architectures, config(TOWER=str(tmp_path / "tower.safetensors"), START_LAYER=2)).load_state_dict(
             build().state_dict()
         )
-    with pytest.raises(ValueError, match=r"MODEL\.MAFT\.TOWER is no\.pth, which is no file"):
-        built(architectures, config(TOWER="no.pth"))
 
 
 @pytest.mark.parametrize("start_layer", [1, 8])
@@ -459,7 +490,7 @@ def test_a_resnet_in_train_net_is_refused_as_such(
 
 def test_a_model_without_clip_is_refused_by_patch(architectures: Registry, config: Any) -> None:
     architectures["ZeroShotMaskFormer"] = lambda cfg: nn.Linear(1, 1)
-    with pytest.raises(TypeError, match="Linear is no model of ZegFormer, ZSSeg or FreeSeg"):
+    with pytest.raises(TypeError, match="Linear is no model of ZegFormer, ZSSeg, FreeSeg or OVSeg"):
         built(architectures, config())
 
 
@@ -527,9 +558,8 @@ def test_ade20k_847_is_registered_where_a_config_names_it(
 
 @pytest.fixture
 def readmes() -> list[str]:
-    modules = [
-        importlib.import_module(f"maft_adapter.integrations.{host}") for host in ("zegformer", "zsseg", "freeseg")
-    ]
+    hosts = ("zegformer", "zsseg", "freeseg", "ovseg")
+    modules = [importlib.import_module(f"maft_adapter.integrations.{host}") for host in hosts]
     return [Path(str(module.__file__)).with_name("README.md").read_text(encoding="utf-8") for module in modules]
 
 

@@ -138,7 +138,7 @@ def test_refusals_change_nothing(build: Any) -> None:
     model.clip_ensemble = True
     with pytest.raises(TypeError, match=r"pass its \.module"):
         patch(nn.DataParallel(model))
-    with pytest.raises(TypeError, match="Linear is no model of ZegFormer, ZSSeg or FreeSeg"):
+    with pytest.raises(TypeError, match="Linear is no model of ZegFormer, ZSSeg, FreeSeg or OVSeg"):
         patch(nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"model of freeseg, not of zsseg; use maft_adapter\.integrations\.freeseg"):
         patch(MaskFormer(with_tasks=True))

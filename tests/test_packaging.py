@@ -14,7 +14,7 @@ import maft_adapter
 
 CHECKOUT = Path(__file__).parent.parent
 PACKAGE = Path(maft_adapter.__file__).parent
-HOSTS = ("freeseg", "zegformer", "zsseg")
+HOSTS = ("freeseg", "ovseg", "zegformer", "zsseg")
 
 needs_checkout = pytest.mark.skipif(
     not (CHECKOUT / "setup.cfg").exists(),

@@ -1,4 +1,4 @@
-"""Shims for segmentation systems built on detectron2: `zegformer`, `zsseg` and `freeseg`, one package each.
+"""Shims for segmentation systems built on detectron2: `zegformer`, `zsseg`, `freeseg`, `ovseg`, a package each.
 
 They lie in the folder integrations/ of the repository and are installed beside this module.
 """

@@ -1,12 +1,14 @@
 """What the shims share: recognising a host, the CLIP's input, the mask-aware classifier.
 
-ZSSeg and FreeSeg classify proposals in a module that both call `MaskFormerClipAdapter`; `MaskAwareRegions` is mixed
-into it. Nothing here imports a host or detectron2.
+ZSSeg, FreeSeg and OVSeg classify proposals in a module that all call `MaskFormerClipAdapter`; `MaskAwareRegions` is
+mixed into it. Nothing here imports a host or detectron2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import checkpoint
 from ..adapt import make_mask_aware, restore
 from ..towers.base import MaskAware, restore_class, swap_class
 
@@ -23,7 +26,7 @@ def check_host(model: Any, expected: str) -> None:
 
     Args:
         model: what the host's `build_model(cfg)` returned.
-        expected: "zegformer", "zsseg" or "freeseg".
+        expected: "zegformer", "zsseg", "freeseg" or "ovseg".
 
     Raises:
         TypeError: another host's model, none at all, or a parallel wrapper around one.
@@ -34,10 +37,14 @@ def check_host(model: Any, expected: str) -> None:
     found: str | None
     if hasattr(model, "region_clip_adapter"):
         found = "freeseg" if hasattr(model, "task_names") else "zsseg"
+    elif hasattr(model, "clip_adapter"):
+        found = "ovseg"
     else:
         found = "zegformer" if hasattr(model, "clip_classification") else None
     if found is None:
-        raise TypeError(f"{name} is no model of ZegFormer, ZSSeg or FreeSeg; pass what their build_model(cfg) returns")
+        raise TypeError(
+            f"{name} is no model of ZegFormer, ZSSeg, FreeSeg or OVSeg; pass what their build_model(cfg) returns"
+        )
     if found != expected:
         raise TypeError(f"{name} is a model of {found}, not of {expected}; use maft_adapter.integrations.{found}")
 
@@ -98,6 +105,50 @@ def clip_patch_size(visual: Any) -> int:
     return int(visual.conv1.stride[0]) if hasattr(visual, "class_embedding") else 32
 
 
+def region_adapter(model: Any) -> Any:
+    """The module of ZSSeg, FreeSeg or OVSeg that classifies proposals; the first two may keep another beside it."""
+    return getattr(model, "region_clip_adapter", model.clip_adapter)
+
+
+@contextlib.contextmanager
+def without_mask_prompts(visual: Any) -> Iterator[Any]:
+    """Take the mask prompts out of OVSeg's image tower, and put them back in the end; other towers have none.
+
+    They stand in for what lies outside of one proposal, so that no pass for many proposals can use them. A tower that
+    holds them is refused by `make_mask_aware`, `trainable_parameters` and other libraries' towers of the same weights.
+
+    Args:
+        visual: OVSeg's tower, mask-aware or not.
+
+    Yields:
+        `visual`, for as long as the block runs.
+
+    Example:
+        >>> tower = nn.Linear(1, 1)
+        >>> tower.mask_embedding = nn.Parameter(torch.zeros(3, 49, 768))
+        >>> with without_mask_prompts(tower):
+        ...     list(tower.state_dict())
+        ['weight', 'bias']
+        >>> list(tower.state_dict())
+        ['weight', 'bias', 'mask_embedding']
+    """
+    prompts = {name: getattr(visual, name) for name in ("mask_pool", "mask_embedding") if hasattr(visual, name)}
+    for name in prompts:
+        delattr(visual, name)
+    try:
+        yield visual
+    finally:
+        for name, prompt in prompts.items():
+            setattr(visual, name, prompt)
+
+
+def load_visual(visual: Any, path: str | os.PathLike[str]) -> None:
+    """`maft_adapter.checkpoint.load_visual`, also for OVSeg's tower: mask prompts are read if the file has some."""
+    lacks = hasattr(visual, "mask_embedding") and "mask_embedding" not in checkpoint.visual_weights(path)
+    with without_mask_prompts(visual) if lacks else contextlib.nullcontext():
+        checkpoint.load_visual(visual, path)
+
+
 class Regions(NamedTuple):
     """An image and the proposals to classify, in place of the host's crops."""
 
@@ -106,7 +157,7 @@ class Regions(NamedTuple):
 
 
 class MaskAwareRegions(MaskAware):
-    """Mixed into the `MaskFormerClipAdapter` of ZSSeg and FreeSeg: one IP-CLIP pass instead of crops.
+    """Mixed into the `MaskFormerClipAdapter` of ZSSeg, FreeSeg and OVSeg: one IP-CLIP pass instead of crops.
 
     The adapter's own `forward` still runs, and with it its text features, background embedding and temperature;
     the two of its methods that made and encoded crops are replaced. The host's MASK_THR still says which proposals
@@ -125,9 +176,9 @@ class MaskAwareRegions(MaskAware):
             image = (image - self.pixel_mean[0]) / self.pixel_std[0]
         return Regions(image, mask[valid]), valid
 
-    def get_image_features(self: Any, image: Any) -> Tensor:
+    def get_image_features(self: Any, image: Any, *args: Any) -> Tensor:
         if not isinstance(image, Regions):
-            return super().get_image_features(image)  # type: ignore[misc]
+            return super().get_image_features(image, *args)  # type: ignore[misc]
         visual = self.clip_model.visual
         images = self.clip_input([image.image]).to(visual.conv1.weight.dtype)  # (1, 3, H, W)
         masks = self.clip_input.pad([image.masks])  # (1, n, H', W'); padding lies in no proposal
@@ -138,14 +189,15 @@ class MaskAwareRegions(MaskAware):
 def patch_regions(
     model: Any, host: str, mixin: type[MaskAwareRegions], start_layer: int, size: int, keep_aspect_ratio: bool
 ) -> Any:
-    """`patch` of ZSSeg and FreeSeg; see there."""
+    """`patch` of ZSSeg, FreeSeg and OVSeg; see there."""
     check_host(model, host)
-    adapter = model.region_clip_adapter
+    adapter: Any = region_adapter(model)
     visual = adapter.clip_model.visual
     if not model.clip_ensemble:
         raise ValueError(f"{host} never asks CLIP here: build it with MODEL.CLIP_ADAPTER.CLIP_ENSEMBLE True")
     clip_input = ClipInput(model.size_divisibility, clip_patch_size(visual), size, keep_aspect_ratio)
-    make_mask_aware(visual, start_layer, threshold=adapter.mask_thr)
+    with without_mask_prompts(visual):
+        make_mask_aware(visual, start_layer, threshold=adapter.mask_thr)
     if not isinstance(adapter, MaskAwareRegions):
         swap_class(adapter, mixin)
     adapter.clip_input = clip_input
@@ -153,13 +205,13 @@ def patch_regions(
 
 
 def unpatch_regions(model: Any, host: str) -> Any:
-    """`unpatch` of ZSSeg and FreeSeg; see there."""
+    """`unpatch` of ZSSeg, FreeSeg and OVSeg; see there."""
     check_host(model, host)
-    adapter: Any = model.region_clip_adapter
+    adapter: Any = region_adapter(model)
     if not isinstance(adapter, MaskAwareRegions):
         raise ValueError(f"{type(model).__name__} is not patched: there is nothing to undo")
     if isinstance(model, MaskAware):
         restore_class(model)
     restore_class(adapter)
-    restore(model.region_clip_adapter.clip_model.visual)
+    restore(adapter.clip_model.visual)
     return model

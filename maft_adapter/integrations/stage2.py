@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..adapt import encode_image, is_mask_aware
-from ..checkpoint import load_visual
 from ..classify import class_scores
 from ..freezing import trainable_parameters
 from ..losses import MAFTLoss
 from ..towers.base import MaskAware, swap_class
+from .inference import load_visual, region_adapter, without_mask_prompts
 
 # The paper's iterations (Sec. 5.1), found by what the names of the training sets hold.
 ITERATIONS = {"voc": 100, "coco": 1000, "ade20k": 5000}
@@ -51,6 +51,8 @@ OPTIONS: dict[str, Any] = {
     "FREEZE": "paper",
     "LOSS": "smooth_l1",
     "DISTILLATION_WEIGHT": 1.0,
+    "STUDENT": "",
+    "TEACHER": "",
     "TOWER": "",
 }
 
@@ -108,6 +110,7 @@ class Stage2:
         host: of the model.
         loss: L_ma + lambda * L_dis.
         teacher: the frozen tower.
+        student: file of the tower to train, read at the first iteration of a run; "" for the host's own.
         tower: file of the tower to evaluate, read after each load of the host's weights; "" for the host's own.
         trained: whether the host has its weights; a run of train_net.py loads them after the model was built.
     """
@@ -115,6 +118,7 @@ class Stage2:
     host: Host
     loss: MAFTLoss
     teacher: Any
+    student: str = ""
     tower: str = ""
     trained: bool = True
 
@@ -133,8 +137,14 @@ class MaskAwareTraining(MaskAware):
         if self.stage2.tower:
             raise ValueError(
                 f"MODEL.MAFT.TOWER is {self.stage2.tower}, a tower to evaluate; add --eval-only, or leave the key out: "
-                "stage 2 starts from the CLIP that the host loads"
+                "stage 2 starts from the CLIP in MODEL.WEIGHTS, or from MODEL.MAFT.STUDENT"
             )
+        if self.stage2.student:
+            from detectron2.utils.events import get_event_storage
+
+            if get_event_storage().iter == 0:  # later, a run goes on and has it in its checkpoint
+                load_visual(self.stage2.host.visual(self), self.stage2.student)
+            self.stage2.student = ""
         with torch.no_grad():
             batch = self.stage2.host.training_batch(self, batched_inputs)
         visual, teacher = self.stage2.host.visual(self), self.stage2.teacher.to(batch.images.device)
@@ -215,7 +225,8 @@ def prepare(
         raise TypeError(f"{type(model).__name__} is not patched; call {host.name}.patch(model) first")
     _refuse_resnet(visual)
     losses = MAFTLoss(loss, distillation_weight)
-    parameters = trainable_parameters(visual, freeze)
+    with without_mask_prompts(visual):
+        parameters = trainable_parameters(visual, freeze)
     visual.float()  # AdamW loses updates below float32
     model.requires_grad_(False)
     for parameter in parameters:
@@ -244,7 +255,7 @@ def region_batch(
     ground_truth: str,
     align_corners: bool,
 ) -> TrainingBatch:
-    """`training_batch` of ZSSeg and FreeSeg, whose CLIP's pixel statistics and temperature are in the adapter.
+    """`training_batch` of ZSSeg, FreeSeg and OVSeg, whose CLIP's pixel statistics and temperature are in the adapter.
 
     Args:
         model: patched.
@@ -254,7 +265,7 @@ def region_batch(
         ground_truth: the inputs' key of the ground truth of semantic segmentation.
         align_corners: as the host resizes mask logits to the padded image.
     """
-    adapter = model.region_clip_adapter
+    adapter = region_adapter(model)
     raw = [x["image"].to(model.device) for x in batched_inputs]  # (3, h, w), 0..255
     padded = adapter.clip_input.pad([(x - model.pixel_mean) / model.pixel_std for x in raw])  # (B, 3, H, W)
     pred_masks = head(model.backbone(padded))["pred_masks"]  # (B, N, h', w')
@@ -327,7 +338,9 @@ def _declare(cfg: Any, host: Host) -> None:
             _refuse_resnet(host.visual(model))
         host.patch(model, options.START_LAYER, options.SIZE, options.KEEP_ASPECT_RATIO)
         prepare(model, host, options.FREEZE, options.LOSS, options.DISTILLATION_WEIGHT)
-        model.stage2.tower, model.stage2.trained = options.TOWER, False
+        if options.TEACHER:
+            load_visual(model.stage2.teacher, options.TEACHER)
+        model.stage2.student, model.stage2.tower, model.stage2.trained = options.STUDENT, options.TOWER, False
         logging.getLogger("detectron2.maft").info(
             "mask-aware %s: %s, %d iterations of %d images, learning rate %g, weight decay %g",
             host.name, dict(options), cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR,
@@ -342,8 +355,9 @@ def _declare(cfg: Any, host: Host) -> None:
 def _refuse_early(cfg: Any, host: Host) -> None:
     """What `load_state_dict` would refuse, or never see, before anything is downloaded or built."""
     weights, options = cfg.MODEL.WEIGHTS, cfg.MODEL.MAFT
-    if options.TOWER and not os.path.isfile(options.TOWER):
-        raise ValueError(f"MODEL.MAFT.TOWER is {options.TOWER}, which is no file; give a tower's or a checkpoint's")
+    for key in ("STUDENT", "TEACHER", "TOWER"):
+        if options[key] and not os.path.isfile(options[key]):
+            raise ValueError(f"MODEL.MAFT.{key} is {options[key]}, which is no file; give a tower's or a checkpoint's")
     if os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
         return  # with --resume, which a config does not know, that is loaded instead
     if weights.startswith("detectron2://") or weights.endswith(".safetensors"):

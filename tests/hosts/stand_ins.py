@@ -4,6 +4,7 @@
 """
 
 import importlib
+import inspect
 import json
 import os
 import pickle
@@ -21,11 +22,14 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
 import maft_adapter
+from maft_adapter.integrations.inference import region_adapter
+from maft_adapter.integrations.stage2 import prepare
 
 # The VOC classes of the hosts, in their order: the last five are unseen.
 VOC_SEEN, VOC_UNSEEN = 15, 5
@@ -137,20 +141,37 @@ def write_clip(path: Path, width: int = 64, layers: int | tuple[int, ...] = 4, e
     import clip.model
 
     torch.manual_seed(0)
-    model = clip.model.CLIP(embed, 224, layers, width, 32, 77, 49408, 64, 1, 2)
+    prompts = (0,) if "mask_prompt_depth" in inspect.signature(clip.model.CLIP).parameters else ()  # OVSeg's
+    model = clip.model.CLIP(embed, 224, layers, width, 32, *prompts, 77, 49408, 64, 1, 2)
     model.token_embedding.weight.data.mul_(20)  # else all names mean nearly the same
-    torch.save(model.state_dict(), path)
+    weights = {name: value for name, value in model.state_dict().items() if "mask_embedding" not in name}
+    torch.save(weights, path)
 
 
-def build(config_file: str, package: str, options: Sequence[Any]) -> Any:
-    """A host's own model on the CPU with random weights, in eval mode; runs in its process."""
+def link_for_ovseg(folder: Path) -> None:
+    """What `write_voc` wrote, where OVSeg looks for COCO-Stuff, which it trains on, and for VOC."""
+    datasets = folder / "datasets"
+    (datasets / "coco" / "stuffthingmaps_detectron2").mkdir(parents=True)
+    for link, target in (
+        ("VOCdevkit", "."),
+        ("coco/train2017", "VOC2012/JPEGImages"),
+        ("coco/stuffthingmaps_detectron2/train2017", "VOC2012/annotations_detectron2/train_base"),
+    ):
+        (datasets / link).symlink_to(datasets / target)
+
+
+def build(config_file: str, package: str, options: Sequence[Any], add_config: str = "add_mask_former_config") -> Any:
+    """A host's own model on the CPU with random weights, in eval mode; runs in its process.
+
+    `add_config` is the function of its package that declares its keys.
+    """
     from detectron2.config import get_cfg
     from detectron2.modeling import build_model
     from detectron2.projects.deeplab import add_deeplab_config
 
     cfg = get_cfg()
     add_deeplab_config(cfg)
-    importlib.import_module(package).add_mask_former_config(cfg)
+    getattr(importlib.import_module(package), add_config)(cfg)
     cfg.merge_from_file(config_file)
     cfg.merge_from_list(list(options))
     torch.manual_seed(0)
@@ -169,20 +190,26 @@ def inputs(dataset_name: str) -> list[dict[str, Any]]:
 def small(clip: Path | str) -> tuple[Any, ...]:
     """Options that make ZSSeg and FreeSeg small."""
     return (
+        *small_ovseg(clip),
+        *("MODEL.CLIP_ADAPTER.PROMPT_DIM", 64, "MODEL.CLIP_ADAPTER.REGION_CLIP_ADAPTER.PROMPT_DIM", 64),
+        *("MODEL.CLIP_ADAPTER.REGION_CLIP_ADAPTER.CLIP_MODEL_NAME", str(clip)),
+    )
+
+
+def small_ovseg(clip: Path | str) -> tuple[Any, ...]:
+    """Options that make OVSeg small, which has no prompts to learn and no second CLIP."""
+    return (
         *("MODEL.DEVICE", "cpu", "MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
         *("MODEL.MASK_FORMER.HIDDEN_DIM", 32, "MODEL.MASK_FORMER.DIM_FEEDFORWARD", 64),
         *("MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", 10, "MODEL.MASK_FORMER.DEC_LAYERS", 2),
         *("MODEL.SEM_SEG_HEAD.CONVS_DIM", 32, "MODEL.SEM_SEG_HEAD.MASK_DIM", 32),
-        *("MODEL.SEM_SEG_HEAD.EMBEDDING_DIM", 64, "MODEL.CLIP_ADAPTER.PROMPT_DIM", 64),
-        *("MODEL.CLIP_ADAPTER.REGION_CLIP_ADAPTER.PROMPT_DIM", 64),
-        *("MODEL.CLIP_ADAPTER.CLIP_MODEL_NAME", str(clip)),
-        *("MODEL.CLIP_ADAPTER.REGION_CLIP_ADAPTER.CLIP_MODEL_NAME", str(clip)),
+        *("MODEL.SEM_SEG_HEAD.EMBEDDING_DIM", 64, "MODEL.CLIP_ADAPTER.CLIP_MODEL_NAME", str(clip)),
     )
 
 
 @dataclass(frozen=True)
 class Host:
-    """A host that classifies its proposals in a `region_clip_adapter`, small: the code that runs is the same.
+    """A host that classifies its proposals in a `MaskFormerClipAdapter`, small: the code that runs is the same.
 
     Attributes:
         name: of the shim.
@@ -190,6 +217,8 @@ class Host:
         config: path of a config file.
         options: what makes the model small, as config keys and values in turn.
         dataset: its test set.
+        add_config: see `build`.
+        class_names: given with each image, if any.
     """
 
     name: str
@@ -197,6 +226,8 @@ class Host:
     config: str
     options: tuple[Any, ...]
     dataset: str = "voc_sem_seg_test"
+    add_config: str = "add_mask_former_config"
+    class_names: tuple[str, ...] = ()
 
     def but(self, *options: Any, **changes: Any) -> "Host":
         return replace(self, options=(*self.options, *options), **changes)
@@ -207,21 +238,24 @@ class Host:
 
     def build(self) -> Any:
         """The host's own model on the CPU with random weights, in eval mode; runs in its process."""
-        return build(self.config, self.package, self.options)
+        return build(self.config, self.package, self.options, self.add_config)
 
     def build_random(self) -> Any:
         """`build`, but with weights far enough from the initial ones that not every pixel gets the same class."""
         model = self.build()
         with torch.no_grad():
-            for part in (model.sem_seg_head, model.region_clip_adapter.clip_model.visual):
+            for part in (model.sem_seg_head, region_adapter(model).clip_model.visual):
                 for parameter in part.parameters():
                     parameter.add_(0.3 * torch.randn_like(parameter))
         return model
 
     def segment(self, model: Any) -> list[Any]:
         """Every tensor and number in the model's results, in their order."""
+        batch = inputs(self.dataset)
+        for x in batch if self.class_names else ():
+            x["class_names"] = list(self.class_names)
         with torch.no_grad():
-            return _flat(model(inputs(self.dataset)))
+            return _flat(model(batch))
 
 
 def _flat(results: Any) -> list[Any]:
@@ -248,10 +282,11 @@ def patch_and_back(host: Host) -> None:
     model, shim = host.build_random(), host.shim
     keys, types = list(model.state_dict()), [type(module) for module in model.modules()]
     before = host.segment(model)
+    host_module = region_adapter(model)._preprocess_image.__globals__
     seen: list[Any] = []
     hook = shim.visual(model).register_forward_pre_hook(lambda _, args: seen.append([tuple(x.shape) for x in args]))
     assert shim.patch(model, start_layer=2, size=96) is model
-    with mock.patch.dict(model.region_clip_adapter.forward.__globals__, crop_with_mask=None):  # must not be called
+    with mock.patch.dict(host_module, crop_with_mask=None):  # must not be called
         patched = host.segment(model)
         tasks = len(seen) // 2  # the host's inference tasks; one pass for each of them and each of two images
         assert tasks >= 1 and [shapes[0] for shapes in seen] == [(1, 3, 96, 96)] * 2 * tasks
@@ -276,7 +311,7 @@ def host_features_through_the_shim(host: Host) -> tuple[int, float]:
     Returns the number of results that the host gives, and the largest relative difference.
     """
     model, shim = host.build_random(), host.shim
-    adapter = type(model.region_clip_adapter)
+    adapter = type(region_adapter(model))
     recorded: list[list[Tensor]] = []
     encode, prepare = adapter.get_image_features, adapter._preprocess_image
 
@@ -284,8 +319,8 @@ def host_features_through_the_shim(host: Host) -> tuple[int, float]:
         recorded.append([])
         return prepare(self, *args, **kwargs)
 
-    def note_features(self: Any, image: Tensor) -> Tensor:
-        recorded[-1].append(encode(self, image))  # once an image, or once a crop where those are not resized
+    def note_features(self: Any, image: Tensor, *args: Any) -> Tensor:
+        recorded[-1].append(encode(self, image, *args))  # once an image, or once a crop where those are not resized
         return recorded[-1][-1]
 
     with mock.patch.multiple(adapter, get_image_features=note_features, _preprocess_image=note_image):
@@ -298,6 +333,18 @@ def host_features_through_the_shim(host: Host) -> tuple[int, float]:
     assert not features and len(expected) == len(actual)
     pairs = [(torch.as_tensor(a).float(), torch.as_tensor(b).float()) for a, b in zip(expected, actual, strict=True)]
     return len(pairs), max(float(((a - b).abs() / a.abs().amax()).nan_to_num().max()) for a, b in pairs if a.numel())
+
+
+def patch_a_resnet(host: Host) -> None:
+    """`patch` and `unpatch` of a host whose CLIP is a ResNet, and the refusal of stage 2; runs in its process."""
+    model = host.build_random()
+    before = host.segment(model)
+    host.shim.patch(model, size=96)
+    patched = host.segment(model)
+    assert patched[0].isfinite().all() and not torch.allclose(before[0], patched[0], atol=1e-6)
+    with pytest.raises(ValueError, match=r"CLIP is a ResNet \(ModifiedResNet\)"):
+        prepare(model, host.shim.HOST)
+    assert equal(before, host.segment(host.shim.unpatch(model)))
 
 
 def save_model(host: Host, path: Path) -> None:
@@ -340,9 +387,8 @@ TINY_DATA = (
 )
 
 
-def figures(output: str) -> dict[str, float]:
+def figures(output: str, names: Sequence[str] = ("mIoU", "mIoU-base", "mIoU-unbase", "hIoU-base")) -> dict[str, float]:
     """What the hosts' GeneralizedSemSegEvaluator printed last."""
-    names = ("mIoU", "mIoU-base", "mIoU-unbase", "hIoU-base")
     return {name: float(re.findall(rf"'{name}': (?:np\.float64\()?([\d.naif]+)", output)[-1]) for name in names}
 
 
