@@ -29,9 +29,9 @@ _ARITHMETIC = "maft_adapter.arithmetic"
 _SETTINGS: dict[str, Any] = {"start_layer": int, "interpolation": str, "threshold": (int, float)}
 # Where hosts keep the image tower, the fine-tuned one before frozen copies: the authors' released MAFT, ZSSeg and
 # FreeSeg (two CLIPs, then one, as OVSeg), ZegFormer, MAFT+ (and FC-CLIP, whose one is frozen), MaskCLIP++.
-_MAFT_PLUS, _MASKCLIPPP = "backbone.clip_model.visual.", "visual_encoder.proxy."
+_MAFT, _MAFT_PLUS, _MASKCLIPPP = "IPCLIP.", "backbone.clip_model.visual.", "visual_encoder.proxy."
 _HOSTS = (
-    "IPCLIP.",
+    _MAFT,
     "_region_clip_adapter.clip_model.visual.",
     "clip_adapter.clip_model.visual.",
     "sem_seg_head.predictor.clip_model.visual.",
@@ -245,9 +245,9 @@ def load_visual(visual: nn.Module, path: str | os.PathLike[str]) -> None:
         if differ:
             raise ValueError(f"{path} was saved with {differ}, unlike this tower; set that, or call load_mask_aware")
     place = next((host for host in _HOSTS if f".{prefixes[0]}".endswith(f".{host}")), "")
-    trained_with = list(_trained_with(file.tensors, prefixes[0], place, own))
+    trained_with = list(_trained_with(visual, file.tensors, prefixes[0], place))
     if trained_with:
-        warnings.warn(f"of {path} the image tower alone is loaded: {'; '.join(trained_with)}", stacklevel=2)
+        warnings.warn(f"of {path} only the image tower is loaded: {'; '.join(trained_with)}", stacklevel=2)
     _replace_weights(visual, weights)
     # A host's may be the frozen CLIP still, but it can't be told.
     fine_tuned = file.header.get("fine_tuned", True) if file.header else bool(place)
@@ -524,20 +524,24 @@ def _timm_names(tensors: Mapping[str, Tensor], own: Collection[str]) -> dict[str
     }
 
 
-def _trained_with(tensors: Mapping[str, Tensor], prefix: str, place: str, own: Collection[str]) -> Iterator[str]:
+def _trained_with(visual: nn.Module, tensors: Mapping[str, Tensor], prefix: str, place: str) -> Iterator[str]:
     """What a released checkpoint was trained with that its tower does not compute here, one reason after the other.
 
     Args:
+        visual: the tower that takes its weights.
         tensors: of the whole file.
         prefix: of the tower in them.
         place: which of `_HOSTS` it ends in, "" if in none.
-        own: names of the tower's weights.
     """
+    own = [_unwrapped(name) for name in visual.state_dict()]
     root = prefix.removesuffix(place)
 
     def holds(part: str) -> bool:
         return any(name.startswith(root + part) for name in tensors)
 
+    trained: dict[str, Any] = {"start_layer": 8, "interpolation": "maft"} if place == _MAFT else {}
+    if differ := {name: value for name, value in trained.items() if getattr(visual, name, value) != value}:
+        yield f"MAFT trained it with {differ}, unlike this tower, so set that"
     if prefix + "mask_embedding" in tensors and "mask_embedding" not in own:
         yield "OVSeg trained it on masked crops, with mask prompts (mask_embedding) for what is blank in them"
     if place == _MAFT_PLUS and holds("cdt."):

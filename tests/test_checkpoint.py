@@ -358,10 +358,21 @@ def test_released_layouts(tmp_path: Path, release: str, patched: bool) -> None:
     assert equal(state(other), state(tower)) and other.fine_tuned and is_mask_aware(other) == patched
     assert len(caught) == bool(warning)
     for said in caught:
-        assert re.search(rf"released\.pth the image tower alone is loaded: .*{warning}", str(said.message))
+        assert re.search(rf"released\.pth only the image tower is loaded: .*{warning}", str(said.message))
         assert said.filename == __file__
     if build is convnext:
         assert equal(visual_weights(tmp_path / "released.pth"), state(tower))
+
+
+def test_maft_s_start_layer_is_asked_for(tmp_path: Path) -> None:
+    """8 whatever the configuration says, also for ViT-L, whose default here is 16."""
+    torch.save({"model": prefixed("IPCLIP.", state(vit(layers=9)))}, tmp_path / "maft.pth")
+    with pytest.warns(UserWarning, match=r"MAFT trained it with {'start_layer': 8, 'interpolation': 'maft'}, unlike"):
+        load_visual(make_mask_aware(vit(layers=9), 6, interpolation="open_clip"), tmp_path / "maft.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for tower in (vit(layers=9), make_mask_aware(vit(layers=9), 8)):
+            load_visual(tower, tmp_path / "maft.pth")
 
 
 def test_a_release_as_the_checkpoint_of_a_command(tmp_path: Path) -> None:
