@@ -364,6 +364,26 @@ def test_released_layouts(tmp_path: Path, release: str, patched: bool) -> None:
         assert equal(visual_weights(tmp_path / "released.pth"), state(tower))
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:of .* only the image tower")
+def test_the_pooling_of_maft_plus_is_the_tower_s(tmp_path: Path) -> None:
+    """Its own steps (maft_plus.py): binary masks on the last map, the mean over each, then the trunk's and the head."""
+    torch.save({"model": maft_plus(state(convnext()))}, tmp_path / "maftp.pth")
+    plain = convnext()
+    load_visual(plain, tmp_path / "maftp.pth")
+    tower = make_mask_aware(convnext())
+    load_visual(tower, tmp_path / "maftp.pth")
+    images = torch.randn(2, 3, 64, 96)
+    cells = torch.rand(2, 5, 2, 3) > 0.4  # (B, N, h, w)
+    cells[..., 0, 0] = True  # none is empty
+    dense = plain.trunk.norm_pre(plain.trunk.stages(plain.trunk.stem(images)))  # (B, C, h, w)
+    weights = cells.float() / (cells.sum((2, 3), keepdim=True) + 1e-8)
+    pooled = torch.einsum("bchw,bnhw->bnc", dense, weights).reshape(10, -1, 1, 1)  # (B*N, C, 1, 1)
+    expected = plain.head(plain.trunk.head(pooled)).reshape(2, 5, -1)  # (B, N, D)
+    masks = cells.repeat_interleave(32, 2).repeat_interleave(32, 3)  # (B, N, H, W)
+    torch.testing.assert_close(tower(images, masks), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_maft_s_start_layer_is_asked_for(tmp_path: Path) -> None:
     """8 whatever the configuration says, also for ViT-L, whose default here is 16."""
     torch.save({"model": prefixed("IPCLIP.", state(vit(layers=9)))}, tmp_path / "maft.pth")
