@@ -28,16 +28,18 @@ _KEY = "maft_adapter"
 _ARITHMETIC = "maft_adapter.arithmetic"
 _SETTINGS: dict[str, Any] = {"start_layer": int, "interpolation": str, "threshold": (int, float)}
 # Where hosts keep the image tower, the fine-tuned one before frozen copies: the authors' released MAFT, ZSSeg and
-# FreeSeg (two CLIPs, then one, as OVSeg), ZegFormer, MAFT+ (and FC-CLIP, whose one is frozen), MaskCLIP++.
-_MAFT, _MAFT_PLUS, _MASKCLIPPP = "IPCLIP.", "backbone.clip_model.visual.", "visual_encoder.proxy."
+# FreeSeg (two CLIPs, then one, as OVSeg), ZegFormer, MaskCLIP++.
+_MAFT, _MASKCLIPPP = "IPCLIP.", "visual_encoder.proxy."
 _HOSTS = (
     _MAFT,
     "_region_clip_adapter.clip_model.visual.",
     "clip_adapter.clip_model.visual.",
     "sem_seg_head.predictor.clip_model.visual.",
-    _MAFT_PLUS,
     _MASKCLIPPP,
 )
+# MAFT+'s, and FC-CLIP's frozen one; beside it the frozen teacher of MAFT+, which nobody asks for.
+_MAFT_PLUS = "backbone.clip_model.visual."
+_TEACHER = re.compile(r"(?:^|\.)backbone_t\.clip_model\.")
 # Of a bare tower: OpenAI's and open_clip's ViT and ResNet, timm's and transformers' towers.
 _BARE = re.compile(
     r"((?:.+\.)?)(?:(?<!embeddings\.)class_embedding|attnpool\.positional_embedding|trunk\..+"
@@ -232,7 +234,8 @@ def load_visual(visual: nn.Module, path: str | os.PathLike[str]) -> None:
         )
     if len(prefixes) > 1:
         shapes = {_unwrapped(name): value.shape for name, value in visual.state_dict().items()}
-        like = [p for p in prefixes if all(file.tensors[p + n.removeprefix(root)].shape == shapes[n] for n in own)]
+        there = {name: value.shape for name, value in file.tensors.items()}
+        like = [p for p in prefixes if all(there.get(p + n.removeprefix(root)) == shapes[n] for n in own)]
         prefixes = like or prefixes
     found = {root + name: value for name, value in _only(file.tensors, prefixes, path).items()}
     beside = () if file.header else tuple(name for name in found if name.startswith(_BESIDE) and name not in own)
@@ -244,7 +247,7 @@ def load_visual(visual: nn.Module, path: str | os.PathLike[str]) -> None:
         differ = {n: v for n, v in settings.items() if n != "threshold" and getattr(visual, n, None) != v}
         if differ:
             raise ValueError(f"{path} was saved with {differ}, unlike this tower; set that, or call load_mask_aware")
-    place = next((host for host in _HOSTS if f".{prefixes[0]}".endswith(f".{host}")), "")
+    place = next((host for host in (*_HOSTS, _MAFT_PLUS) if f".{prefixes[0]}".endswith(f".{host}")), "")
     trained_with = list(_trained_with(visual, file.tensors, prefixes[0], place))
     if trained_with:
         warnings.warn(f"of {path} only the image tower is loaded: {'; '.join(trained_with)}", stacklevel=2)
@@ -414,7 +417,7 @@ def _read_safetensors(path: str | os.PathLike[str]) -> _File:
 
 def _named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors in dictionaries within one another, as training scripts save them."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and not _TEACHER.search(name):
         yield _unwrapped(name), value.detach()
     elif isinstance(value, Mapping):
         for key, inner in value.items():
@@ -531,7 +534,7 @@ def _trained_with(visual: nn.Module, tensors: Mapping[str, Tensor], prefix: str,
         visual: the tower that takes its weights.
         tensors: of the whole file.
         prefix: of the tower in them.
-        place: which of `_HOSTS` it ends in, "" if in none.
+        place: which of `_HOSTS` or `_MAFT_PLUS` it ends in, "" if in none.
     """
     own = [_unwrapped(name) for name in visual.state_dict()]
     root = prefix.removesuffix(place)

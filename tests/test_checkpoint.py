@@ -823,6 +823,18 @@ def test_which_of_two_towers_is_not_guessed(tmp_path: Path, where: tuple[str, st
     assert equal(state(tower), first)
 
 
+def test_neither_is_which_of_two_parts_of_towers(tmp_path: Path) -> None:
+    names = list(state(vit()))
+    parts = [prefixed("IPCLIP.", {name: torch.ones(1) for name in names[i:]}) for i in (1, 2)]
+    torch.save({"a": parts[0], "b": parts[1]}, tmp_path / "parts.pt")
+    with pytest.raises(ValueError, match=r"holds image towers that differ, under 'a\.IPCLIP\.' and 'b\.IPCLIP\.'"):
+        load_visual(vit(), tmp_path / "parts.pt")
+    towers = {"backbone.clip_model.visual": state(vit()), "adapter.visual": state(vit())}
+    torch.save({"model": towers}, tmp_path / "two.pt")  # an adapter of FC-CLIP's, say
+    with pytest.raises(ValueError, match=r"holds image towers that differ"):
+        load_visual(vit(), tmp_path / "two.pt")
+
+
 def test_a_frozen_copy_is_not_taken_for_the_tuned_tower(tmp_path: Path) -> None:
     tuned = prefixed("IPCLIP.", state(vit(layers=2)))
     torch.save({**tuned, **prefixed("clip_adapter.clip_model.visual.", state(vit()))}, tmp_path / "maft.pt")
