@@ -28,16 +28,18 @@ _KEY = "maft_adapter"
 _ARITHMETIC = "maft_adapter.arithmetic"
 _SETTINGS: dict[str, Any] = {"start_layer": int, "interpolation": str, "threshold": (int, float)}
 # Where hosts keep the image tower, the fine-tuned one before frozen copies: the authors' released MAFT, ZSSeg and
-# FreeSeg (two CLIPs, then one, as OVSeg), ZegFormer, MAFT+ (and FC-CLIP, whose one is frozen), MaskCLIP++.
-_MAFT_PLUS, _MASKCLIPPP = "backbone.clip_model.visual.", "visual_encoder.proxy."
+# FreeSeg (two CLIPs, then one, as OVSeg), ZegFormer, MaskCLIP++.
+_MAFT, _MASKCLIPPP = "IPCLIP.", "visual_encoder.proxy."
 _HOSTS = (
-    "IPCLIP.",
+    _MAFT,
     "_region_clip_adapter.clip_model.visual.",
     "clip_adapter.clip_model.visual.",
     "sem_seg_head.predictor.clip_model.visual.",
-    _MAFT_PLUS,
     _MASKCLIPPP,
 )
+# MAFT+'s, and FC-CLIP's frozen one; beside it the frozen teacher of MAFT+, which nobody asks for.
+_MAFT_PLUS = "backbone.clip_model.visual."
+_TEACHER = re.compile(r"(?:^|\.)backbone_t\.clip_model\.")
 # Of a bare tower: OpenAI's and open_clip's ViT and ResNet, timm's and transformers' towers.
 _BARE = re.compile(
     r"((?:.+\.)?)(?:(?<!embeddings\.)class_embedding|attnpool\.positional_embedding|trunk\..+"
@@ -232,7 +234,8 @@ def load_visual(visual: nn.Module, path: str | os.PathLike[str]) -> None:
         )
     if len(prefixes) > 1:
         shapes = {_unwrapped(name): value.shape for name, value in visual.state_dict().items()}
-        like = [p for p in prefixes if all(file.tensors[p + n.removeprefix(root)].shape == shapes[n] for n in own)]
+        there = {name: value.shape for name, value in file.tensors.items()}
+        like = [p for p in prefixes if all(there.get(p + n.removeprefix(root)) == shapes[n] for n in own)]
         prefixes = like or prefixes
     found = {root + name: value for name, value in _only(file.tensors, prefixes, path).items()}
     beside = () if file.header else tuple(name for name in found if name.startswith(_BESIDE) and name not in own)
@@ -244,10 +247,10 @@ def load_visual(visual: nn.Module, path: str | os.PathLike[str]) -> None:
         differ = {n: v for n, v in settings.items() if n != "threshold" and getattr(visual, n, None) != v}
         if differ:
             raise ValueError(f"{path} was saved with {differ}, unlike this tower; set that, or call load_mask_aware")
-    place = next((host for host in _HOSTS if f".{prefixes[0]}".endswith(f".{host}")), "")
-    trained_with = list(_trained_with(file.tensors, prefixes[0], place, own))
+    place = next((host for host in (*_HOSTS, _MAFT_PLUS) if f".{prefixes[0]}".endswith(f".{host}")), "")
+    trained_with = list(_trained_with(visual, file.tensors, prefixes[0], place))
     if trained_with:
-        warnings.warn(f"of {path} the image tower alone is loaded: {'; '.join(trained_with)}", stacklevel=2)
+        warnings.warn(f"of {path} only the image tower is loaded: {'; '.join(trained_with)}", stacklevel=2)
     _replace_weights(visual, weights)
     # A host's may be the frozen CLIP still, but it can't be told.
     fine_tuned = file.header.get("fine_tuned", True) if file.header else bool(place)
@@ -414,7 +417,7 @@ def _read_safetensors(path: str | os.PathLike[str]) -> _File:
 
 def _named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors in dictionaries within one another, as training scripts save them."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and not _TEACHER.search(name):
         yield _unwrapped(name), value.detach()
     elif isinstance(value, Mapping):
         for key, inner in value.items():
@@ -524,20 +527,24 @@ def _timm_names(tensors: Mapping[str, Tensor], own: Collection[str]) -> dict[str
     }
 
 
-def _trained_with(tensors: Mapping[str, Tensor], prefix: str, place: str, own: Collection[str]) -> Iterator[str]:
+def _trained_with(visual: nn.Module, tensors: Mapping[str, Tensor], prefix: str, place: str) -> Iterator[str]:
     """What a released checkpoint was trained with that its tower does not compute here, one reason after the other.
 
     Args:
+        visual: the tower that takes its weights.
         tensors: of the whole file.
         prefix: of the tower in them.
-        place: which of `_HOSTS` it ends in, "" if in none.
-        own: names of the tower's weights.
+        place: which of `_HOSTS` or `_MAFT_PLUS` it ends in, "" if in none.
     """
+    own = [_unwrapped(name) for name in visual.state_dict()]
     root = prefix.removesuffix(place)
 
     def holds(part: str) -> bool:
         return any(name.startswith(root + part) for name in tensors)
 
+    trained: dict[str, Any] = {"start_layer": 8, "interpolation": "maft"} if place == _MAFT else {}
+    if differ := {name: value for name, value in trained.items() if getattr(visual, name, value) != value}:
+        yield f"MAFT trained it with {differ}, unlike this tower, so set that"
     if prefix + "mask_embedding" in tensors and "mask_embedding" not in own:
         yield "OVSeg trained it on masked crops, with mask prompts (mask_embedding) for what is blank in them"
     if place == _MAFT_PLUS and holds("cdt."):

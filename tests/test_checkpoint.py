@@ -358,10 +358,41 @@ def test_released_layouts(tmp_path: Path, release: str, patched: bool) -> None:
     assert equal(state(other), state(tower)) and other.fine_tuned and is_mask_aware(other) == patched
     assert len(caught) == bool(warning)
     for said in caught:
-        assert re.search(rf"released\.pth the image tower alone is loaded: .*{warning}", str(said.message))
+        assert re.search(rf"released\.pth only the image tower is loaded: .*{warning}", str(said.message))
         assert said.filename == __file__
     if build is convnext:
         assert equal(visual_weights(tmp_path / "released.pth"), state(tower))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:of .* only the image tower")
+def test_the_pooling_of_maft_plus_is_the_tower_s(tmp_path: Path) -> None:
+    """Its own steps (maft_plus.py): binary masks on the last map, the mean over each, then the trunk's and the head."""
+    torch.save({"model": maft_plus(state(convnext()))}, tmp_path / "maftp.pth")
+    plain = convnext()
+    load_visual(plain, tmp_path / "maftp.pth")
+    tower = make_mask_aware(convnext())
+    load_visual(tower, tmp_path / "maftp.pth")
+    images = torch.randn(2, 3, 64, 96)
+    cells = torch.rand(2, 5, 2, 3) > 0.4  # (B, N, h, w)
+    cells[..., 0, 0] = True  # none is empty
+    dense = plain.trunk.norm_pre(plain.trunk.stages(plain.trunk.stem(images)))  # (B, C, h, w)
+    weights = cells.float() / (cells.sum((2, 3), keepdim=True) + 1e-8)
+    pooled = torch.einsum("bchw,bnhw->bnc", dense, weights).reshape(10, -1, 1, 1)  # (B*N, C, 1, 1)
+    expected = plain.head(plain.trunk.head(pooled)).reshape(2, 5, -1)  # (B, N, D)
+    masks = cells.repeat_interleave(32, 2).repeat_interleave(32, 3)  # (B, N, H, W)
+    torch.testing.assert_close(tower(images, masks), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_maft_s_start_layer_is_asked_for(tmp_path: Path) -> None:
+    """8 whatever the configuration says, also for ViT-L, whose default here is 16."""
+    torch.save({"model": prefixed("IPCLIP.", state(vit(layers=9)))}, tmp_path / "maft.pth")
+    with pytest.warns(UserWarning, match=r"MAFT trained it with {'start_layer': 8, 'interpolation': 'maft'}, unlike"):
+        load_visual(make_mask_aware(vit(layers=9), 6, interpolation="open_clip"), tmp_path / "maft.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for tower in (vit(layers=9), make_mask_aware(vit(layers=9), 8)):
+            load_visual(tower, tmp_path / "maft.pth")
 
 
 def test_a_release_as_the_checkpoint_of_a_command(tmp_path: Path) -> None:
@@ -790,6 +821,18 @@ def test_which_of_two_towers_is_not_guessed(tmp_path: Path, where: tuple[str, st
     torch.save({where[0]: first, where[1]: state(vit(width=64))}, tmp_path / "one_fits.pt")
     load_visual(vit(), tmp_path / "one_fits.pt")
     assert equal(state(tower), first)
+
+
+def test_neither_is_which_of_two_parts_of_towers(tmp_path: Path) -> None:
+    names = list(state(vit()))
+    parts = [prefixed("IPCLIP.", {name: torch.ones(1) for name in names[i:]}) for i in (1, 2)]
+    torch.save({"a": parts[0], "b": parts[1]}, tmp_path / "parts.pt")
+    with pytest.raises(ValueError, match=r"holds image towers that differ, under 'a\.IPCLIP\.' and 'b\.IPCLIP\.'"):
+        load_visual(vit(), tmp_path / "parts.pt")
+    towers = {"backbone.clip_model.visual": state(vit()), "adapter.visual": state(vit())}
+    torch.save({"model": towers}, tmp_path / "two.pt")  # an adapter of FC-CLIP's, say
+    with pytest.raises(ValueError, match=r"holds image towers that differ"):
+        load_visual(vit(), tmp_path / "two.pt")
 
 
 def test_a_frozen_copy_is_not_taken_for_the_tuned_tower(tmp_path: Path) -> None:
