@@ -28,11 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 if something failed, such as a missing library; 130 after Ctrl-C. Wrong arguments exit with 2, as argparse
         does.
     """
-    parser = argparse.ArgumentParser(prog="maft-adapter", description="Mask-aware CLIP (MAFT, NeurIPS 2023).")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (segment, embed, search, data, finetune, evaluate, demo, paper):
-        command.add(commands)
-    arguments = parser.parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
