@@ -329,11 +329,15 @@ class Segmenter:
         self.text(self.class_names)
 
     @torch.no_grad()
-    def __call__(self, picture: Any, name: str | None = None) -> Segmentation:
+    def __call__(
+        self, picture: Any, masks: NDArray[Any] | Proposals | None = None, *, name: str | None = None
+    ) -> Segmentation:
         """Segment one picture.
 
         Args:
             picture: as `read_picture` takes it.
+            masks: (N, H, W) bool or float32 in [0, 1] of the picture's size, or `Proposals`, such as
+                `maft_adapter.proposals.convert.from_sam` gives; None for those of the segmenter's proposer.
             name: of its file, for masks that come from files and for what is saved; by default the path, if it is one.
 
         Raises:
@@ -342,7 +346,7 @@ class Segmenter:
         if name is None:
             name = os.fspath(picture) if isinstance(picture, str | os.PathLike) else ""
         pixels = read_picture(picture)
-        proposals = self.proposals(pixels, name)
+        proposals = self.proposals(pixels, name) if masks is None else _as_proposals(masks)
         check_proposals(proposals, pixels.shape[:2])
         image = prepare(pixels, self.mean, self.std, self.size, self.keep_aspect, self.multiple)
         features = encode_features(self.clip, image[None].to(self.device, self.dtype))
@@ -476,7 +480,7 @@ class Segmentation:
         Raises:
             TypeError, ValueError: masks that are not as above.
         """
-        proposals = masks if isinstance(masks, Proposals) else Proposals(masks)
+        proposals = _as_proposals(masks)
         check_proposals(proposals, self.picture.shape[:2])
         return self.segmenter._asked(self.picture, self.name, self.features, proposals, self.class_names)
 
@@ -627,6 +631,10 @@ def _listed(class_names: Iterable[str | Sequence[str]]) -> Any:
 
 
 # Reading
+
+
+def _as_proposals(masks: NDArray[Any] | Proposals) -> Proposals:
+    return masks if isinstance(masks, Proposals) else Proposals(masks)
 
 
 def _checked_array(array: NDArray[Any]) -> NDArray[np.uint8]:

@@ -416,6 +416,25 @@ def test_other_words_and_masks_without_encoding_the_image_again(monkeypatch: pyt
         result.relabel("red ball")
 
 
+def test_masks_given_with_the_picture_are_taken_in_place_of_the_proposers() -> None:
+    words = ["red ball", "pale grass"]
+    given = segmenter(class_names=words, proposals=Given(MASKS))(SCENE.image)
+
+    class Never:
+        settings = "never"
+
+        def __call__(self, picture: Any, name: str = "") -> Any:
+            raise AssertionError("the proposer was asked")
+
+    never = segmenter(class_names=words, proposals=Never())
+    for masks in (MASKS, Proposals(MASKS)):
+        result = never(SCENE.image, masks)
+        assert torch.equal(result.embeddings, given.embeddings)
+        np.testing.assert_array_equal(result.label_map, given.label_map)
+    with pytest.raises(ValueError, match="masks are 3 x 4"):
+        never(SCENE.image, MASKS[:, :3, :4])
+
+
 def test_embeddings_of_old_words_are_forgotten() -> None:
     segment = segmenter(class_names=["red ball"], proposals=Given(MASKS))
     result = segment(SCENE.image)
