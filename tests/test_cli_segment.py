@@ -475,3 +475,17 @@ def test_a_missing_library_is_named(
     assert 'PIL is not installed; run: pip install "maft-adapter[pictures]"' in capsys.readouterr().err
     monkeypatch.undo()
     importlib.import_module("maft_adapter.pictures")
+
+
+def test_masks_that_changed_are_noticed(tmp_path: Path) -> None:
+    picture, masks, out = tmp_path / "p.png", tmp_path / "masks", tmp_path / "out"
+    scene = render_scene(3)
+    Image.fromarray(scene.image).save(picture)
+    masks.mkdir()
+    Image.fromarray((scene.labels == scene.present[0]).astype(np.uint8)).save(masks / "p.png")
+    given = ["segment", str(picture), "--out", str(out), "--proposals", f"files:{masks}"]
+    assert cli.main(given) == 0
+    first = json.loads((out / "p.json").read_text())
+    Image.fromarray(scene.labels).save(masks / "p.png")
+    assert cli.main(given) == 0
+    assert len(json.loads((out / "p.json").read_text())["annotations"]) > len(first["annotations"])

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import replace_file
-from .options import model_options
+from .options import masks_of, model_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -186,6 +186,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "names": dataset.names, "class_names": [list(names) for names in dataset.class_names],
         "unseen": [dataset.class_names[k][0] for k in evaluator.unseen], "trained_on": arguments.trained_on,
         "encoder": arguments.encoder, **about_scorer, "proposals": proposals.settings if proposals else _TRUTH,
+        "masks": masks_of(arguments.proposals),
         "ensemble": arguments.ensemble,
         "ensemble_form": None if arguments.ensemble is None else evaluator.unseen_form,
     }  # fmt: skip

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..checkpoint import replace_file, save_mask_aware
+from .options import masks_of
 
 # The paper's iterations (Sec. 5.1); past them seen classes go on rising while unseen ones fall.
 _ITERATIONS = {"voc-20": 100, "voc-20b": 100, "voc-21": 100, "coco-stuff": 1000, "ade20k-150": 5000, "ade20k-847": 5000}
@@ -191,7 +192,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "data": arguments.data, "names": train.names, "layout": train.layout, "setting": setting,
         "pictures": pictures, "self_training": arguments.self_training and str(arguments.self_training.resolve()),
         "model": model.source, "templates": list(model.templates),
-        "size": arguments.size or model.size, "proposals": given.settings if given else _TRUTH,
+        "size": arguments.size or model.size, "proposals": given.settings if given else _TRUTH, "masks": masks_of(kind),
         "ground_truth_masks": truth, "iterations": iterations, "lr": lr, "batch_size": arguments.batch_size,
         "weight_decay": arguments.weight_decay, "recipe": arguments.recipe, "loss": loss.kind,
         "distillation_weight": loss.distillation_weight,

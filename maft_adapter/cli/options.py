@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 
@@ -44,3 +45,11 @@ def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in ("pretrained", "checkpoint", "precision")} | {
         "name": arguments.model
     }
+
+
+def masks_of(proposals: str) -> str | None:
+    """What tells that the masks of files:PATH changed; None for proposals that are made of the picture alone."""
+    from ..proposals.base import fingerprint
+
+    kind, _, path = proposals.partition(":")
+    return fingerprint(Path(path)) if kind == "files" else None

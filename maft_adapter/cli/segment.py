@@ -150,6 +150,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from ..models import load_model
     from ..pictures import OUTPUTS, Segmenter, find_pictures
     from ..proposals import Kept, proposer
+    from ..proposals.base import version_of
 
     out: Path = arguments.out
     notes: list[str] = []
@@ -186,7 +187,8 @@ def _run(arguments: argparse.Namespace) -> int:
     entries, failed, made = [], 0, 0
     for path, name in tqdm(list(zip(pictures, names, strict=True)), unit="picture", disable=None):
         try:
-            info = {"settings": settings, "picture_sha256": _digest(path)}
+            masks = version_of(segmenter.proposals, str(path))
+            info = {"settings": settings, "picture_sha256": _digest(path), "masks": masks}
             coco = _finished(out, name, info, segmenter.class_names)
             if coco is None:
                 segmenter(path).save(out, name, info)
