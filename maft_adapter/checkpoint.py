@@ -8,6 +8,7 @@ import pickle
 import platform
 import re
 import shutil
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -27,20 +28,29 @@ _KEY = "maft_adapter"
 _ARITHMETIC = "maft_adapter.arithmetic"
 _SETTINGS: dict[str, Any] = {"start_layer": int, "interpolation": str, "threshold": (int, float)}
 # Where hosts keep the image tower, the fine-tuned one before frozen copies: the authors' released MAFT, ZSSeg and
-# FreeSeg (two CLIPs, then one), ZegFormer.
+# FreeSeg (two CLIPs, then one, as OVSeg), ZegFormer, MAFT+ (and FC-CLIP, whose one is frozen), MaskCLIP++.
+_MAFT_PLUS, _MASKCLIPPP = "backbone.clip_model.visual.", "visual_encoder.proxy."
 _HOSTS = (
     "IPCLIP.",
     "_region_clip_adapter.clip_model.visual.",
     "clip_adapter.clip_model.visual.",
     "sem_seg_head.predictor.clip_model.visual.",
+    _MAFT_PLUS,
+    _MASKCLIPPP,
 )
 # Of a bare tower: OpenAI's and open_clip's ViT and ResNet, timm's and transformers' towers.
 _BARE = re.compile(
     r"((?:.+\.)?)(?:(?<!embeddings\.)class_embedding|attnpool\.positional_embedding|trunk\..+"
     r"|embeddings\.patch_embedding\.weight)"
 )
-# transformers keeps these parts of a CLIP beside the image tower's, not around them.
-_BESIDE = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
+# transformers keeps these parts of a CLIP beside the image tower's, not around them; last OVSeg's mask prompts.
+_BESIDE = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias", "mask_embedding")
+# EVA-CLIP's own names, which MaskCLIP++ keeps, and those that timm gives the same weights.
+_EVA = {
+    "attn.q_bias": "attn.q_proj.bias", "attn.v_bias": "attn.v_proj.bias", "attn.inner_attn_ln": "attn.norm",
+    "mlp.w1": "mlp.fc1_g", "mlp.w2": "mlp.fc1_x", "mlp.w3": "mlp.fc2", "mlp.ffn_ln": "mlp.norm",
+}  # fmt: skip
+_EVA_BUFFERS = re.compile(r"(?:^|\.)rope\.freqs_(?:cos|sin)$")
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # What a tower computes with and no weight tells, by the names that torch and the hosts give it; last those of LoRA.
 _NUMBERS = (
@@ -176,6 +186,12 @@ def load_visual(visual: nn.Module, path: str | os.PathLike[str]) -> None:
     `IPCLIP.`, or the CLIP that classifies proposals) is taken. The authors' released checkpoints want the tower's
     defaults, and L = 8 whatever their configuration says.
 
+    FC-CLIP's, MAFT+'s, MaskCLIP++'s and OVSeg's checkpoints are read, too, into open_clip's tower of the name that
+    their configuration gives; EVA-CLIP's own names become timm's. FC-CLIP, MAFT+ and MaskCLIP++'s ConvNeXts average
+    over masks as the tower here does, up to the cells on a mask's edge. Where a checkpoint was trained with more than
+    its tower computes, or otherwise, a warning names it: words that are adapted to the picture or come from a tuned
+    text encoder, mask tokens that do not see themselves, masked crops.
+
     Args:
         visual: the tower; all of its weights are replaced, in its own dtype and where they lie. Those on the meta
             device become tensors on the CPU.
@@ -200,8 +216,10 @@ def load_visual(visual: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     file = _read(path)
     own = [_unwrapped(name) for name in visual.state_dict()]
-    prefixes = _prefixes(file.tensors, own)
     root = own[0].partition(".")[0] + "." if own else ""
+    if root == "trunk.":
+        file = file._replace(tensors=_timm_names(file.tensors, own))
+    prefixes = _prefixes(file.tensors, own)
     if all(name.startswith(root) for name in own) and not prefixes:
         # A tower inside one more module than in the file: timm's trunk, or transformers' `vision_model`.
         prefixes = _prefixes(file.tensors, [name.removeprefix(root) for name in own])
@@ -226,9 +244,13 @@ def load_visual(visual: nn.Module, path: str | os.PathLike[str]) -> None:
         differ = {n: v for n, v in settings.items() if n != "threshold" and getattr(visual, n, None) != v}
         if differ:
             raise ValueError(f"{path} was saved with {differ}, unlike this tower; set that, or call load_mask_aware")
+    place = next((host for host in _HOSTS if f".{prefixes[0]}".endswith(f".{host}")), "")
+    trained_with = list(_trained_with(file.tensors, prefixes[0], place, own))
+    if trained_with:
+        warnings.warn(f"of {path} the image tower alone is loaded: {'; '.join(trained_with)}", stacklevel=2)
     _replace_weights(visual, weights)
     # A host's may be the frozen CLIP still, but it can't be told.
-    fine_tuned = file.header.get("fine_tuned", True) if file.header else prefixes[0] in _HOSTS
+    fine_tuned = file.header.get("fine_tuned", True) if file.header else bool(place)
     visual.fine_tuned = fine_tuned  # type: ignore[assignment]
 
 
@@ -488,6 +510,53 @@ def _only(tensors: Mapping[str, Tensor], prefixes: Iterable[str], path: Any) -> 
                 "that you mean to a file of their own"
             )
     return chosen
+
+
+def _timm_names(tensors: Mapping[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+    """EVA-CLIP's weights under the names of timm's tower, without the rotary embedding, which is computed."""
+    # One projection for queries, keys and values, as in EVA-01, leaves the biases their names.
+    names = {old: new for old, new in _EVA.items() if not any(f".{old}" in name for name in own)}
+    pattern = re.compile(rf"(?<=\.)(?:{'|'.join(map(re.escape, names))})(?=\.|$)")
+    return {
+        pattern.sub(lambda match: names[match[0]], name): value
+        for name, value in tensors.items()
+        if not _EVA_BUFFERS.search(name)
+    }
+
+
+def _trained_with(tensors: Mapping[str, Tensor], prefix: str, place: str, own: Collection[str]) -> Iterator[str]:
+    """What a released checkpoint was trained with that its tower does not compute here, one reason after the other.
+
+    Args:
+        tensors: of the whole file.
+        prefix: of the tower in them.
+        place: which of `_HOSTS` it ends in, "" if in none.
+        own: names of the tower's weights.
+    """
+    root = prefix.removesuffix(place)
+
+    def holds(part: str) -> bool:
+        return any(name.startswith(root + part) for name in tensors)
+
+    if prefix + "mask_embedding" in tensors and "mask_embedding" not in own:
+        yield "OVSeg trained it on masked crops, with mask prompts (mask_embedding) for what is blank in them"
+    if place == _MAFT_PLUS and holds("cdt."):
+        yield "MAFT+ adapts words to each picture (cdt), so scores with words as they are differ"
+    if place != _MASKCLIPPP:
+        return
+    if holds("psm.img2text."):
+        yield "MaskCLIP++ adapts words to each picture (psm.img2text), so scores with words as they are differ"
+    if holds("text_encoder."):
+        yield "MaskCLIP++ tuned the text encoder with it (text_encoder), whose words it expects"
+    scale = tensors.get(f"{root}visual_encoder.mask_logit_scale")
+    if scale is not None and scale.ndim == 1:
+        yield "MaskCLIP++'s attention pool sees the patches of a mask without the mean token, so embeddings differ"
+    elif scale is not None:
+        depth = 1 + max(int(index) for name in own for index in re.findall(r"blocks\.(\d+)\.", name))
+        yield (
+            f"MaskCLIP++'s masks begin at start_layer={depth - len(scale)}; from there on its mask tokens do not see "
+            "themselves, and its patches go on seeing the class token, so embeddings differ"
+        )
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 from torchvision.transforms import functional as image_functional
 
 from .adapt import encode_masks, valid_masks
@@ -28,6 +29,7 @@ __all__ = [
     "FIGURES",
     "PUBLISHED",
     "Evaluator",
+    "PseudoLabelled",
     "Published",
     "Records",
     "Result",
@@ -215,6 +217,40 @@ class Evaluator:
             f"the proposals' class scores are of {scores.shape[1]} classes: expected the {known} that the training "
             f"knew, or the {classes} of {self.dataset.name}; name those that it knew"
         )
+
+
+class PseudoLabelled(Dataset[Item]):
+    """A data set on which a model labels the unseen classes, for self-training (paper Table 8).
+
+    Where the label is none of the seen classes, what the evaluator predicts stands if it is an unseen class; other
+    such pixels are ignored. The data set's own labels of unseen classes are not used.
+
+    Args:
+        evaluator: of the data set's training part; what it counts is left aside.
+
+    Example:
+        >>> from maft_adapter.data import open_dataset
+        >>> from maft_adapter.proposals import proposer
+        >>> shapes = open_dataset("shapes", split="train")
+        >>> labelled = PseudoLabelled(Evaluator(shapes, proposer("superpixels")))
+        >>> len(labelled), labelled[0].labels.shape
+        (480, (96, 96))
+    """
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self.evaluator = evaluator
+
+    def __len__(self) -> int:
+        return len(self.evaluator.dataset)
+
+    def __getitem__(self, index: int) -> Item:
+        dataset = self.evaluator.dataset
+        item = dataset[index]
+        predicted = self.evaluator(item).prediction.numpy()  # (H, W)
+        labels = item.labels.copy()  # (H, W)
+        unknown = ~np.isin(labels, dataset.seen)  # (H, W)
+        labels[unknown] = np.where(np.isin(predicted, dataset.unseen), predicted, dataset.ignore_index)[unknown]
+        return item._replace(labels=labels)
 
 
 def figures(pixels: Tensor, masks: Tensor, unseen: Sequence[int], absent: str = "ignore") -> dict[str, float]:

@@ -28,6 +28,7 @@ from .masks import check_unit_range
 
 if TYPE_CHECKING:
     from .data import SegmentationDataset
+    from .evaluate import PseudoLabelled
     from .models import Model
     from .proposals import Proposer
 
@@ -99,7 +100,8 @@ def finetune(
         lr: learning rate of the first step.
         weight_decay: of AdamW, on every trained parameter.
         freeze: what stays frozen, see `trainable_parameters`; "as_is" trains adapters such as LoRA where they are.
-        loss: defaults to `MAFTLoss()`: SmoothL1, lambda = 1.
+        loss: defaults to `MAFTLoss()`: SmoothL1, lambda = 1. `maft_adapter.losses.MaskClassificationLoss()` is
+            MaskCLIP++'s, for samples whose masks are the ground truth's.
         logit_scale: 1 / temperature of A^c; defaults to the model's own `logit_scale.exp()`, 100 for trained CLIPs.
         teacher: the frozen CLIP of self-distillation, a mask-aware model or tower in eval mode as `clip_model` was
             before any fine-tuning; it stays unchanged. By default a copy of the tower as it is now. Not needed if
@@ -123,7 +125,8 @@ def finetune(
         progress: show a bar with both losses.
 
     Returns:
-        Both losses of every iteration: [{"mask_aware": ..., "self_distillation": ...}, ...], the latter weighted.
+        Both losses of every iteration: [{"mask_aware": ..., "self_distillation": ...}, ...], the latter weighted; the
+        first goes by the name of the loss, its `term`.
 
     Raises:
         TypeError: the model or the teacher is not mask-aware, the tower is not in float32, or label maps hold no
@@ -251,10 +254,10 @@ def finetune(
     try:
         for indices, images, proposals, label_maps in batches:
             truth = [ground_truth(label_map.to(device), len(text)) for label_map in label_maps]
-            # L_ma is the mean over these pairs of class and proposal, wherever they are.
-            pairs = [len(labels) * len(masks) for (_, labels), masks in zip(truth, proposals, strict=True)]
-            all_pairs = float(accelerator.reduce(torch.tensor(float(sum(pairs)), device=device)))
-            losses = {name: torch.zeros((), device=device) for name in ("mask_aware", "self_distillation")}
+            # The first loss is a mean over the whole batch, wherever its images are.
+            counts = loss.counts(proposals, [labels for _, labels in truth])
+            all_counts = float(accelerator.reduce(torch.tensor(float(sum(counts)), device=device)))
+            losses = {name: torch.zeros((), device=device) for name in (loss.term, "self_distillation")}
             stepper.zero_grad(set_to_none=True)
             parts = torch.arange(len(indices)).tensor_split(accelerator.gradient_accumulation_steps)
             for part in map(Tensor.tolist, parts):
@@ -277,7 +280,7 @@ def finetune(
                     check_finite(*map(norms, embeddings))
                     terms = loss(scores, masks, targets, labels, student_scores, frozen_scores)
                     weight = {
-                        "mask_aware": sum(pairs[i] for i in part) / max(all_pairs, 1),
+                        loss.term: sum(counts[i] for i in part) / max(all_counts, 1),
                         "self_distillation": len(part) / batch_size,
                     }
                     terms = {name: term * weight[name] for name, term in terms.items()}
@@ -321,7 +324,7 @@ class SegmentationSamples(Dataset[Sample]):
     labels take the nearest pixel.
 
     Args:
-        dataset: from `maft_adapter.data.open_dataset`.
+        dataset: from `maft_adapter.data.open_dataset`, as it is or `maft_adapter.evaluate.PseudoLabelled`.
         model: whose mean, standard deviation and patch images are prepared for.
         classes: indices of the data set's classes to train on, in the order of the text classifier; pixels of others
             are ignored.
@@ -343,7 +346,7 @@ class SegmentationSamples(Dataset[Sample]):
 
     def __init__(
         self,
-        dataset: SegmentationDataset,
+        dataset: SegmentationDataset | PseudoLabelled,
         model: Model,
         classes: Sequence[int],
         propose: Proposer | None = None,

@@ -1,4 +1,4 @@
-"""Losses of mask-aware fine-tuning, L = L_ma + lambda * L_dis (paper Eq. 5-8).
+"""Losses of mask-aware fine-tuning, L = L_ma + lambda * L_dis (paper Eq. 5-8), and MaskCLIP++'s in place of L_ma.
 
 B images, N proposals, C classes, K ground-truth classes of one image. N and K may differ from image to image:
 what depends on them comes as a sequence with one tensor per image. Scores are probabilities, after softmax.
@@ -126,20 +126,57 @@ def mask_aware_loss(scores: PerImage, iou: PerImage, labels: PerImage, kind: str
     _check_lengths(scores=scores, iou=iou, labels=labels)
     selected, wanted = [], []
     for b, (score, target, label) in enumerate(zip(scores, iou, labels, strict=True)):
-        label = class_indices(f"labels[{b}]", label)
-        if score.ndim != 2 or label.ndim != 1 or target.shape != (len(label), len(score)):
+        label = _check_labels(b, score, label)
+        if target.shape != (len(label), len(score)):
             got = f"{tuple(score.shape)}, {tuple(target.shape)} and {tuple(label.shape)}"
             raise ValueError(f"image {b}: expected scores (N, C), iou (K, N) and labels (K,), got {got}")
-        if len(label) and not (label.min() >= 0 and label.max() < score.shape[1]):
-            got = f"0..{score.shape[1] - 1}, got {label.tolist()}"
-            raise ValueError(f"labels[{b}] must lie in {got}: drop ignored classes, index the scored ones")
-        check_unit_range(f"scores[{b}]", score, "pass them through softmax over the classes")
         check_unit_range(f"iou[{b}]", target, "see mask_iou and min_max_normalize")
         selected.append(_widen(score[:, label].T.flatten()))  # (K_b * N_b,)
         wanted.append(target.detach().flatten().to(selected[-1].dtype))  # (K_b * N_b,)
     pairs = torch.cat(selected)  # (P,)
     with torch.autocast(pairs.device.type, enabled=False):  # under it, binary_cross_entropy refuses to run
         return _KINDS[kind](pairs, torch.cat(wanted), reduction="none").sum() / max(len(pairs), 1)
+
+
+def mask_classification_loss(scores: PerImage, labels: PerImage) -> Tensor:
+    """Cross-entropy of labelled masks, the loss of MaskCLIP++ (arXiv 2412.11464, their `ReweightCELoss`, balanced).
+
+    -log A^c of each mask's own class; its mean over the masks of a class, over the classes of an image, and over the
+    images that have masks, so that neither many instances nor many classes outweigh others. A batch without masks
+    gives a zero that can still be backpropagated. Scores that float32 rounds to 0 count as its smallest normal number.
+
+    MaskCLIP++'s consistency alignment is no term of its loss: what it learns besides CLIP may act on the similarities
+    of masks and words only, not on their embeddings; for its ViTs and ResNets it is a linear map of the cosine. A^c is
+    the softmax of one, whose slope, CLIP's `logit_scale`, stays as it is.
+
+    Args:
+        scores: A^c of the ground-truth masks in [0, 1], (B, K, C) or one (K_b, C) per image.
+        labels: one (K_b,) per image, the class of each mask, an index in 0..C-1; a class may come several times.
+
+    Returns:
+        A scalar, float32 at least.
+
+    Raises:
+        TypeError: labels are no integer tensors.
+        ValueError: an empty batch, or lengths, shapes or values that do not fit.
+
+    Example:
+        >>> scores = torch.tensor([[[0.5, 0.5], [1.0, 0.0], [0.0, 1.0]]])  # (B=1, K=3, C=2)
+        >>> mask_classification_loss(scores, [torch.tensor([0, 0, 1])])  # -log 0.5 / 4
+        tensor(0.1733)
+    """
+    _check_lengths(scores=scores, labels=labels)
+    terms = []
+    for b, (score, label) in enumerate(zip(scores, labels, strict=True)):
+        label = _check_labels(b, score, label)
+        if label.shape != score.shape[:1]:
+            got = f"{tuple(score.shape)} and {tuple(label.shape)}"
+            raise ValueError(f"image {b}: expected scores (K, C) and one label a mask, (K,), got {got}")
+        own = _widen(score).gather(1, label[:, None])[:, 0]  # (K,)
+        _, place, count = label.unique(return_inverse=True, return_counts=True)
+        weight = 1 / (len(count) * count[place])  # (K,), of sum 1
+        terms.append(-(own.clamp(min=torch.finfo(own.dtype).tiny).log() * weight).sum())
+    return torch.stack(terms).sum() / max(sum(len(label) > 0 for label in labels), 1)
 
 
 def self_distillation_loss(student_scores: Tensor, teacher_scores: Tensor) -> Tensor:
@@ -186,6 +223,8 @@ class MAFTLoss(nn.Module):
         {'mask_aware': tensor(0.), 'self_distillation': tensor(0.)}
     """
 
+    term = "mask_aware"
+
     def __init__(self, kind: str = "smooth_l1", distillation_weight: float = 1.0) -> None:
         super().__init__()
         _check_kind(kind)
@@ -219,15 +258,70 @@ class MAFTLoss(nn.Module):
             TypeError, ValueError: missing student or teacher scores, and what the functions refuse.
         """
         _check_lengths(scores=scores, masks=masks, targets=targets, labels=labels)
-        with torch.no_grad():
-            iou = [min_max_normalize(mask_iou(m, t)) for m, t in zip(masks, targets, strict=True)]
-        mask_aware = mask_aware_loss(scores, iou, labels, self.kind)
+        of_masks = self._of_masks(scores, masks, targets, labels)
         if self.distillation_weight == 0:
-            return {"mask_aware": mask_aware, "self_distillation": mask_aware.new_zeros(())}
+            return {self.term: of_masks, "self_distillation": of_masks.new_zeros(())}
         if student_scores is None or teacher_scores is None:
             raise ValueError("pass student_scores and teacher_scores (B, C), or set distillation_weight=0")
         distillation = self_distillation_loss(student_scores, teacher_scores)
-        return {"mask_aware": mask_aware, "self_distillation": self.distillation_weight * distillation}
+        return {self.term: of_masks, "self_distillation": self.distillation_weight * distillation}
+
+    def counts(self, masks: PerImage, labels: PerImage) -> list[int]:
+        """How much each image counts in the first loss's mean over a batch: L_ma is one over pairs.
+
+        Args:
+            masks: as `forward` takes them.
+            labels: likewise.
+        """
+        return [len(label) * len(mask) for mask, label in zip(masks, labels, strict=True)]
+
+    def _of_masks(self, scores: PerImage, masks: PerImage, targets: PerImage, labels: PerImage) -> Tensor:
+        with torch.no_grad():
+            iou = [min_max_normalize(mask_iou(m, t)) for m, t in zip(masks, targets, strict=True)]
+        return mask_aware_loss(scores, iou, labels, self.kind)
+
+
+class MaskClassificationLoss(MAFTLoss):
+    """MaskCLIP++'s loss in place of L_ma, and lambda * L_dis if wanted; the masks are the ground truth's.
+
+    Those without a patch on the token grid count like the others.
+
+    Args:
+        distillation_weight: lambda, finite and >= 0. MaskCLIP++ has no such term.
+
+    Raises:
+        ValueError: a weight out of its range. When called, also masks other than the targets.
+
+    Example:
+        >>> regions, labels = [torch.ones(1, 2, 2)], [torch.tensor([0])]
+        >>> MaskClassificationLoss()(torch.ones(1, 1, 2), regions, regions, labels)
+        {'mask_classification': tensor(0.), 'self_distillation': tensor(0.)}
+    """
+
+    term = "mask_classification"
+
+    def __init__(self, distillation_weight: float = 0.0) -> None:
+        super().__init__(distillation_weight=distillation_weight)
+        self.kind = "cross_entropy"
+
+    def counts(self, masks: PerImage, labels: PerImage) -> list[int]:
+        """See `MAFTLoss.counts`; every image that has masks counts alike.
+
+        Args:
+            masks: as `forward` takes them.
+            labels: likewise.
+        """
+        return [int(len(label) > 0) for label in labels]
+
+    def _of_masks(self, scores: PerImage, masks: PerImage, targets: PerImage, labels: PerImage) -> Tensor:
+        for b, (mask, target) in enumerate(zip(masks, targets, strict=True)):
+            if mask.shape != target.shape or not (mask == target).all():
+                raise ValueError(
+                    f"image {b}: its {len(mask)} masks are not the regions of its {len(target)} classes, in their "
+                    "order; this loss takes ground-truth masks alone: SegmentationSamples(..., "
+                    "ground_truth_masks=True) without propose"
+                )
+        return mask_classification_loss(scores, labels)
 
 
 def class_indices(name: str, values: Any) -> Tensor:
@@ -267,6 +361,19 @@ def _widen(values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def _check_kind(kind: str) -> None:
     if kind not in _KINDS:
         raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(_KINDS)}")
+
+
+def _check_labels(b: int, score: Tensor, label: Any) -> Tensor:
+    """The labels of image b as int64, after making sure that its scores are some and have a column for each."""
+    label = class_indices(f"labels[{b}]", label)
+    if score.ndim != 2 or label.ndim != 1:
+        got = f"{tuple(score.shape)} and {tuple(label.shape)}"
+        raise ValueError(f"image {b}: expected scores (N, C) and labels (K,), got {got}")
+    if len(label) and not (label.min() >= 0 and label.max() < score.shape[1]):
+        got = f"0..{score.shape[1] - 1}, got {label.tolist()}"
+        raise ValueError(f"labels[{b}] must lie in {got}: drop ignored classes, index the scored ones")
+    check_unit_range(f"scores[{b}]", score, "pass them through softmax over the classes")
+    return label
 
 
 def _check_lengths(**per_image: PerImage) -> None:

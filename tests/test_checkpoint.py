@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -28,10 +29,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
-from zoo import ZOO, OpenAIResNet, small_resnet, timm_vit, transformers_tower
+from zoo import DIM, HEADS, ZOO, OpenAIResNet, small_resnet, timm_vit, transformers_tower
 
 from maft_adapter import __version__, is_mask_aware, load_mask_aware, make_mask_aware, save_mask_aware
 from maft_adapter.checkpoint import load_visual, replace_file, save_weights, visual_weights
+from maft_adapter.models import load_model
+from maft_adapter.towers import class_token
 
 
 def vit(width: int = 32, **options: Any) -> VisionTransformer:
@@ -240,6 +243,189 @@ def test_files_are_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ValueError, match="holds no CLIP image tower"):
         load_visual(vit(), tmp_path / "scripted.pt")
     assert not (tmp_path / "executed").exists()
+
+
+# The layouts of released checkpoints, read in their public code
+
+
+def convnext() -> Any:
+    return ZOO["timm-convnext-mlp"].build().eval()
+
+
+def eva02() -> Any:
+    return timm_vit("eva02_base_patch16_clip_224", "token", None).eval()
+
+
+def fc_clip(tower: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """bytedance/fc-clip: open_clip's frozen CLIP as the backbone."""
+    text = {"positional_embedding": torch.ones(4, DIM), "logit_scale": torch.ones(())}
+    return {
+        **prefixed("backbone.clip_model.", {**prefixed("visual.", tower), **text}),
+        "sem_seg_head.pixel_decoder.input_proj.0.0.weight": torch.ones(2, 2, 1, 1),
+        "void_embedding.weight": torch.ones(1, DIM),
+    }
+
+
+def maft_plus(tower: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """jiaosiyu1999/MAFT-Plus: FC-CLIP's, tuned, beside its frozen teacher and what adapts the words."""
+    frozen = {name: torch.zeros_like(value) for name, value in tower.items()}
+    teacher = prefixed("backbone_t.clip_model.visual.", frozen)
+    return {**teacher, **fc_clip(tower), "cdt.decoder.layers.0.linear1.weight": torch.ones(2, 2)}
+
+
+def maskclippp(tower: dict[str, torch.Tensor], **beside: torch.Tensor) -> dict[str, torch.Tensor]:
+    """HVision-NKU/MaskCLIPpp: what its `saved_modules` names."""
+    names = {name.replace("__", "."): value for name, value in beside.items()}
+    return {**prefixed("visual_encoder.proxy.", tower), **names}
+
+
+def as_eva_clip(tower: Any) -> dict[str, torch.Tensor]:
+    """Under the names of EVA-CLIP's EVAVisionTransformer, with the buffers that its own releases hold."""
+    names = {
+        "attn.q_proj.bias": "attn.q_bias", "attn.v_proj.bias": "attn.v_bias", "attn.norm.": "attn.inner_attn_ln.",
+        "mlp.fc1_g.": "mlp.w1.", "mlp.fc1_x.": "mlp.w2.", "mlp.fc2.": "mlp.w3.", "mlp.norm.": "mlp.ffn_ln.",
+    }  # fmt: skip
+    content = {}
+    for name, value in state(tower.trunk).items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        content[name] = value
+    return {**content, "rope.freqs_cos": torch.ones(16, 8), "blocks.0.attn.rope.freqs_sin": torch.ones(16, 8)}
+
+
+def ovseg(tower: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """facebookresearch/ov-seg: ZSSeg's place, and a prompt for each patch and depth inside the tower."""
+    prompts = {"mask_embedding": torch.ones(3, 16, 32)}
+    return {
+        **prefixed("clip_adapter.clip_model.visual.", {**tower, **prompts}),
+        "clip_adapter.clip_model.logit_scale": torch.ones(()),
+        "clip_adapter.non_object_embedding": torch.ones(1, 16),
+    }
+
+
+IN_WORDS = torch.ones(2, 2)
+RELEASED: dict[str, tuple[Callable[[], Any], Callable[[Any], dict[str, Any]], str]] = {
+    "FC-CLIP": (convnext, lambda tower: fc_clip(state(tower)), ""),
+    "FC-CLIP ResNet": (small_resnet, lambda tower: fc_clip(state(tower)), ""),
+    "MAFT+": (convnext, lambda tower: maft_plus(state(tower)), r"MAFT\+ adapts words to each picture \(cdt\)"),
+    "MaskCLIP++ ConvNeXt": (
+        convnext,
+        lambda tower: maskclippp(state(tower), psm__img2text__in_proj_weight=IN_WORDS),
+        r"adapts words to each picture \(psm\.img2text\)",
+    ),
+    "MaskCLIP++ RN50x16": (
+        small_resnet,
+        lambda tower: maskclippp(
+            state(tower), visual_encoder__mask_logit_scale=torch.ones(4), psm__corr_proj_in__0__weight=torch.ones(2, 1)
+        ),
+        "attention pool sees the patches of a mask without the mean token",
+    ),
+    "MaskCLIP++ EVA-02": (
+        eva02,
+        lambda tower: maskclippp(as_eva_clip(tower), visual_encoder__mask_logit_scale=torch.ones(2, HEADS)),
+        "masks begin at start_layer=1; from there on its mask tokens do not see themselves",
+    ),
+    "MaskCLIP++ EVA-02, words tuned": (
+        eva02,
+        lambda tower: maskclippp(as_eva_clip(tower), text_encoder__proxy__positional_embedding=IN_WORDS),
+        r"tuned the text encoder with it \(text_encoder\)",
+    ),
+    "MaskCLIP++ EVA-01": (
+        lambda: timm_vit("eva_giant_patch14_clip_224", "token", None).eval(),
+        lambda tower: maskclippp(state(tower.trunk), visual_encoder__mask_logit_scale=torch.ones(3, HEADS)),
+        "masks begin at start_layer=0",
+    ),
+    "OVSeg": (vit, lambda tower: ovseg(state(tower)), r"OVSeg trained it on masked crops.*\(mask_embedding\)"),
+}
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("release", RELEASED)
+def test_released_layouts(tmp_path: Path, release: str, patched: bool) -> None:
+    build, lay_out, warning = RELEASED[release]
+    tower, other = build(), build()
+    if patched and class_token.recognise(other):
+        make_mask_aware(other, start_layer=2)
+    elif patched:
+        make_mask_aware(other)
+    with torch.no_grad():  # norms and biases begin as ones and zeros, in whichever place
+        for parameter in tower.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    torch.save({"model": lay_out(tower), "iteration": 19999}, tmp_path / "released.pth")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_visual(other, tmp_path / "released.pth")
+    assert equal(state(other), state(tower)) and other.fine_tuned and is_mask_aware(other) == patched
+    assert len(caught) == bool(warning)
+    for said in caught:
+        assert re.search(rf"released\.pth the image tower alone is loaded: .*{warning}", str(said.message))
+        assert said.filename == __file__
+    if build is convnext:
+        assert equal(visual_weights(tmp_path / "released.pth"), state(tower))
+
+
+def test_a_release_as_the_checkpoint_of_a_command(tmp_path: Path) -> None:
+    """What `--checkpoint` of segment, embed and evaluate does: a whole CLIP by its name, the tower out of the file."""
+    tower = state(load_model("RN50", "random").clip.visual)
+    tower["attnpool.c_proj.bias"] += 1
+    torch.save({"model": maskclippp(tower, visual_encoder__mask_logit_scale=torch.ones(32))}, tmp_path / "rn50.pth")
+    with pytest.warns(UserWarning, match="without the mean token, so embeddings differ"):
+        model = load_model("RN50", "random", checkpoint=tmp_path / "rn50.pth")
+    assert equal(state(model.clip.visual), tower) and "checkpoint rn50.pth" in model.source
+
+
+def test_the_gate_of_eva_clip_is_the_gate(tmp_path: Path) -> None:
+    """w3(norm(silu(w1 x) * w2 x)), as EVA-CLIP computes its MLP: swapped, the two would have the same shapes."""
+    content = as_eva_clip(eva02())
+    torch.save({"visual": content}, tmp_path / "eva.pt")
+    tower = eva02()
+    load_visual(tower, tmp_path / "eva.pt")
+    assert not tower.fine_tuned
+    own = {name.removeprefix("blocks.1.mlp."): value for name, value in content.items() if "blocks.1.mlp" in name}
+    x = torch.randn(5, 32)
+
+    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
+        return x @ own[f"{name}.weight"].T + own[f"{name}.bias"]
+
+    hidden = torch.nn.functional.silu(linear("w1", x)) * linear("w2", x)
+    hidden = (hidden - hidden.mean(-1, keepdim=True)) / (hidden.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
+    expected = linear("w3", hidden * own["ffn_ln.weight"] + own["ffn_ln.bias"])
+    with torch.no_grad():
+        torch.testing.assert_close(tower.trunk.blocks[1].mlp(x), expected)
+
+
+def test_a_warning_that_is_an_error_changes_nothing(tmp_path: Path) -> None:
+    torch.save(maft_plus(state(convnext())), tmp_path / "maftp.pth")
+    tower = convnext()
+    before = state(tower)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=r"MAFT\+"):
+            load_visual(tower, tmp_path / "maftp.pth")
+    assert equal(state(tower), before)
+
+
+def test_mask_prompts_are_weights_of_a_tower_that_has_them(tmp_path: Path) -> None:
+    def prompted() -> Any:
+        tower: Any = vit()
+        tower.mask_embedding = nn.Parameter(torch.randn(3, 16, 32))
+        return tower
+
+    tower, other = prompted(), prompted()
+    torch.save({"model": prefixed("clip_adapter.clip_model.visual.", state(tower))}, tmp_path / "ovseg.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_visual(other, tmp_path / "ovseg.pth")
+    assert equal(state(other), state(tower))
+
+
+def test_a_released_tower_of_another_size_is_refused(tmp_path: Path) -> None:
+    torch.save({"model": maskclippp(as_eva_clip(eva02()))}, tmp_path / "eva.pth")
+    tower = timm_vit("eva02_base_patch16_clip_224", "token", None, size=48)
+    with pytest.raises(ValueError, match=r"in another shape trunk\.pos_embed \(1, 17, 32\) for \(1, 37, 32\)"):
+        load_visual(tower, tmp_path / "eva.pth")
+    with pytest.raises(ValueError, match="holds no CLIP image tower such as this VisionTransformer"):
+        load_visual(vit(), tmp_path / "eva.pth")
 
 
 # What is not in the weights

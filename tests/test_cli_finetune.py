@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from maft_adapter import cli
 from maft_adapter.classify import text_classifier
 from maft_adapter.data import datasets, open_dataset
+from maft_adapter.evaluate import Evaluator, PseudoLabelled, mask_aware_scorer
 from maft_adapter.finetune import SegmentationSamples, finetune
 from maft_adapter.models import load_model
 from maft_adapter.proposals.merging import Superpixels
@@ -109,6 +110,21 @@ def test_a_folder_of_pictures_stopped_and_resumed(proposals: str, tree: Path, tm
             assert all(by_iteration[entry["iteration"]][key] == entry[key] for key in entry if key not in drop)
 
 
+def test_the_recipe_of_maskclippp(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--data", "folder", "--root", str(tree), "--recipe", "maskclip++"]
+    out, both = tmp_path / "out", tmp_path / "both"
+    assert run(out, *given) == 0
+    settings = json.loads((out / "settings.json").read_text())
+    expected = {"recipe": "maskclip++", "proposals": "ground-truth", "distillation_weight": 0}
+    assert {key: settings[key] for key in expected} == expected
+    assert all(entry["mask_classification"] > 0 == entry["self_distillation"] for entry in log(out))
+    assert run(both, *given, "--distillation-weight", "1", "--proposals", "ground-truth") == 0
+    assert log(both)[-1]["self_distillation"] > 0
+    assert run(tmp_path / "wrong", *given, "--proposals", "superpixels") == 1
+    assert "--proposals superpixels: --recipe maskclip++ trains on ground-truth masks alone" in capsys.readouterr().err
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_a_folder_with_something_else_is_left_alone(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,6 +165,42 @@ def test_wrong_arguments_exit_with_1_and_say_why(
     monkeypatch.setitem(datasets._SCENES, "train", 2)
     assert run(tmp_path / "out", *arguments) == 1
     assert message in capsys.readouterr().err
+
+
+def test_self_training_labels_unseen_classes_and_nothing_else(tmp_path: Path) -> None:
+    model = load_model()
+    train = open_dataset("shapes", split="train")
+    text = text_classifier(model.clip, model.tokenizer, train.class_names, model.templates)
+    evaluator = Evaluator(train, Superpixels(), mask_aware_scorer(model, text))
+    labelled = PseudoLabelled(evaluator)
+    hidden, right = 0, 0
+    for i in range(8):
+        given, item = labelled[i].labels, train[i]
+        known = np.isin(item.labels, train.seen)
+        assert (given[known] == item.labels[known]).all()
+        assert set(np.unique(given[~known])) <= {*train.unseen, 255}
+        hidden += (~known).sum()
+        right += (given[~known] == item.labels[~known]).sum()
+    assert 0.3 * hidden < right < hidden  # of the model, which is good but not perfect
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    few = ["finetune", "--data", "shapes", "--limit", "3", "--iterations", "2", "--batch-size", "2", "--cpu"]
+    assert cli.main([*few, "--out", str(second), "--self-training", str(first)]) == 1 and not second.exists()
+    assert cli.main([*few, "--out", str(first)]) == 0
+    assert cli.main([*few, "--out", str(second), "--self-training", str(first)]) == 0
+    assert json.loads((second / "settings.json").read_text())["pictures"] == 3
+    towers = [load_file(folder / "tower.safetensors") for folder in (first, second)]
+    assert any(not torch.equal(value, towers[1][name]) for name, value in towers[0].items())
+
+
+def test_the_kind_of_the_loss_is_the_tables(tmp_path: Path) -> None:
+    few = ["finetune", "--data", "shapes", "--limit", "2", "--iterations", "1", "--batch-size", "2", "--cpu"]
+    losses = {}
+    for kind in ("smooth_l1", "l1", "l2", "kl"):
+        assert cli.main([*few, "--loss", kind, "--out", str(tmp_path / kind), "--keep", str(tmp_path / "keep")]) == 0
+        (entry,) = log(tmp_path / kind)
+        losses[kind] = entry["mask_aware"]
+    assert len(set(losses.values())) == 4 and losses["l1"] > losses["smooth_l1"]
 
 
 def test_data_sets_without_a_recipe_or_a_split_say_so(

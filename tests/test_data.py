@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from maft_adapter.data import DATASETS, SegmentationDataset, class_list, open_dataset
+from maft_adapter.data import SegmentationDataset, class_list, open_dataset
 from maft_adapter.data.check import check_dataset
 from maft_adapter.data.datasets import FileDataset
+from maft_adapter.data.layouts import LAYOUTS
 from maft_adapter.pictures import read_picture
-from maft_adapter.shapes import UNSEEN, render_scene, train_clip
+from maft_adapter.shapes import CLASSES, UNSEEN, render_scene, train_clip
 
 VOC, CONTEXT, ADE = "VOCdevkit/VOC2012", "VOCdevkit/VOC2010", "ADEChallengeData2016"
 FULL = "ADE20K_2021_17_01"
@@ -146,14 +147,12 @@ def test_every_layout(
     while folder != tmp_path:
         np.testing.assert_array_equal(open_dataset(name, folder)[0].labels, item.labels)
         folder = folder.parent
-    for other in set(DATASETS) - {name, "shapes", "folder", "voc-20", "voc-20b", "voc-21"}:
+    for other in set(LAYOUTS) - {name, "folder", "voc-20", "voc-20b", "voc-21"}:
         with pytest.raises(ValueError, match=f"no val part of {other}"):
             open_dataset(other, tmp_path)
 
 
 def test_every_layout_is_tested() -> None:
-    from maft_adapter.data.layouts import LAYOUTS
-
     known = {(name, one.name) for name, layouts in LAYOUTS.items() for one in layouts if name != "folder"}
     assert {case[:2] for case in CASES} == known
 
@@ -366,6 +365,25 @@ def test_the_embedded_world() -> None:
     assert len(names) == 6
     with pytest.raises(IndexError):
         dataset[480]
+
+
+def test_worlds_of_other_words() -> None:
+    of = {name: open_dataset(name) for name in ("shapes", "shapes-a", "shapes-b", "shapes-nouns")}
+    words = {name: {word for (one,) in dataset.class_names for word in one.split()} for name, dataset in of.items()}
+    assert {name: len(dataset.class_names) for name, dataset in of.items()} == {
+        "shapes": 40, "shapes-a": 21, "shapes-b": 19, "shapes-nouns": 11,
+    }  # fmt: skip
+    colors = {"red", "yellow", "green", "blue", "purple", "pale", "dark"}
+    assert words["shapes-a"] & words["shapes-b"] == colors
+    assert words["shapes-nouns"] == words["shapes"] - colors
+    assert not (of["shapes-a"].unseen or of["shapes-b"].unseen or of["shapes-nouns"].unseen)
+    for name, dataset in of.items():
+        seen = set(np.unique([dataset[i].labels for i in range(40)]).tolist())
+        assert seen <= set(range(len(dataset.class_names))) and len(seen) > len(dataset.class_names) / 2, name
+    # the same drawing under both vocabularies
+    scene = render_scene((36_000_000, 0, 3))
+    nouns = np.array([of["shapes-nouns"].class_names.index((name.split()[1],)) for name in CLASSES])
+    np.testing.assert_array_equal(of["shapes-nouns"][3].labels, nouns[scene.labels])
 
 
 @pytest.mark.parametrize(

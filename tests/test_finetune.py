@@ -23,10 +23,10 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import normalize
 from zoo import DIM, embedding, mask_aware_tower, plain_tower, random_images, random_masks
 
-from maft_adapter import MAFTLoss, encode_image, make_mask_aware, restore
+from maft_adapter import MAFTLoss, encode_image, encode_masks, make_mask_aware, restore
 from maft_adapter.classify import class_scores
 from maft_adapter.finetune import Sample, finetune, ground_truth
-from maft_adapter.losses import self_distillation_loss
+from maft_adapter.losses import MaskClassificationLoss, self_distillation_loss
 from maft_adapter.shapes.clip import create_clip
 
 
@@ -673,3 +673,52 @@ def test_a_batch_in_parts_and_gradient_checkpointing_change_rounding_only(clip: 
                 torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=2e-7)
     with pytest.raises(ValueError, match=r"batch_size is 1, too small .*at least 2"):
         run(parts, samples, batch_size=1, accelerator=accelerator, loss=MAFTLoss(distillation_weight=0))
+
+
+def of_ground_truth() -> list[Sample]:
+    """Samples with as many masks as classes, from none to four."""
+    return [s._replace(masks=ground_truth(s.labels, 4)[0]) for s in ragged()]
+
+
+def test_mask_classification_trains_on_ground_truth_masks(clip: Any) -> None:
+    samples = of_ground_truth()
+    expected = []
+    for image, masks, labels in samples:
+        if len(masks):
+            with torch.no_grad():
+                embeddings = encode_masks(clip.eval().visual, image[None], [masks])[0].double()
+            logits = float(clip.logit_scale.detach().exp()) * normalize(embeddings, dim=-1) @ TEXT.double().T
+            own = ground_truth(labels, 4)[1]
+            expected.append(torch.nn.functional.cross_entropy(logits, own).item())
+    assert len(expected) == 4  # one image has no class
+    parts = copy.deepcopy(clip)
+    options: dict[str, Any] = {"iterations": 12, "batch_size": 5, "loss": MaskClassificationLoss()}
+    history = run(clip, samples, **options)
+    assert set(history[0]) == {"mask_classification", "self_distillation"}
+    assert history[0]["mask_classification"] == pytest.approx(np.mean(expected), rel=1e-4)
+    assert history[-1]["mask_classification"] < 0.7 * history[0]["mask_classification"]
+    assert all(step["self_distillation"] == 0 for step in history)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    again = run(parts, samples, **{**options, "iterations": 1}, accelerator=accelerator)
+    assert again[0] == pytest.approx(history[0], rel=1e-5)  # images count alike in whatever part they are
+
+
+def test_mask_classification_keeps_to_the_frozen_clip_if_wanted(clip: Any) -> None:
+    samples = of_ground_truth()
+    images = torch.stack([sample.image for sample in samples])
+    drift = []
+    for weight in (0.0, 100.0):
+        tuned = copy.deepcopy(clip)
+        run(tuned, samples, iterations=10, loss=MaskClassificationLoss(weight))
+        with torch.no_grad():
+            scores = [class_scores(model.eval().visual(images), TEXT, 10.0) for model in (tuned, clip)]
+        drift.append(float(self_distillation_loss(*scores)))
+    assert 0 < drift[1] < 0.5 * drift[0]
+
+
+def test_mask_classification_refuses_proposals_before_a_step(clip: Any, samples: list[Sample]) -> None:
+    before = copy.deepcopy(clip.state_dict())
+    with pytest.raises(ValueError, match=r"are not the regions of its 1 classes.*without propose"):
+        run(clip, samples, loss=MaskClassificationLoss())
+    assert all(torch.equal(before[name], value) for name, value in clip.state_dict().items())

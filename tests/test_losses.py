@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from maft_adapter.classify import class_scores
 from maft_adapter.losses import (
     MAFTLoss,
+    MaskClassificationLoss,
     mask_aware_loss,
+    mask_classification_loss,
     mask_iou,
     min_max_normalize,
     self_distillation_loss,
@@ -432,6 +435,104 @@ def test_module_refuses() -> None:
     for weight in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="distillation_weight must be finite"):
             MAFTLoss(distillation_weight=weight)
+
+
+# MaskCLIP++'s loss
+
+
+def numpy_classification(
+    embeddings: list[NDArray[np.float64]], text: NDArray[np.float64], scale: float, labels: list[list[int]]
+) -> float:
+    """Balanced cross-entropy of `scale` times the cosines, one mask after the other."""
+    images = []
+    for masks, own in zip(embeddings, labels, strict=True):
+        by_class: dict[int, list[float]] = {}
+        for mask, c in zip(masks, own, strict=True):
+            logits = [scale * mask @ word / np.linalg.norm(mask) / np.linalg.norm(word) for word in text]
+            by_class.setdefault(c, []).append(np.logaddexp.reduce(logits) - logits[c])
+        if by_class:
+            images.append(np.mean([np.mean(losses) for losses in by_class.values()]))
+    return float(np.mean(images or [0]))
+
+
+@given(data=st.data(), scale=st.sampled_from([1.0, 10.0, 100.0]))
+def test_mask_classification_equals_a_cross_entropy_of_cosines(data: st.DataObject, scale: float) -> None:
+    classes = data.draw(st.integers(1, 5))
+    labels = data.draw(st.lists(st.lists(st.integers(0, classes - 1), max_size=5), min_size=1, max_size=4))
+    generator = torch.Generator().manual_seed(data.draw(SEEDS))
+    text = torch.randn(classes, 32, generator=generator)
+    embeddings = [torch.randn(len(own), 32, generator=generator) for own in labels]
+    integers = data.draw(st.sampled_from(INTEGERS))
+    loss = mask_classification_loss(
+        [class_scores(masks, text, scale) for masks in embeddings],
+        [torch.tensor(own, dtype=torch.int64).to(integers) for own in labels],
+    )
+    expected = numpy_classification([array(masks) for masks in embeddings], array(text), scale, labels)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_mask_classification_of_one_mask_an_image_is_torch_s_cross_entropy() -> None:
+    logits, labels = torch.randn(6, 4, requires_grad=True), torch.tensor([0, 3, 1, 1, 2, 0])
+    loss = mask_classification_loss(list(logits.softmax(-1)[:, None]), list(labels[:, None]))
+    expected = F.cross_entropy(logits, labels)
+    torch.testing.assert_close(loss, expected)
+    (slope,), (wanted,) = torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(slope, wanted)
+
+
+def test_mask_classification_of_scores_that_round_to_zero_stays_finite() -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        logits = torch.tensor([[800.0, -800.0], [-800.0, 800.0], [90.0, 0.0]], dtype=dtype, requires_grad=True)
+        loss = mask_classification_loss([logits.softmax(-1)], [torch.tensor([1, 1, 1])])
+        (slope,) = torch.autograd.grad(loss, logits)
+        assert loss.isfinite() and loss > 50 and slope.isfinite().all()
+
+
+def test_mask_classification_of_no_masks_is_a_zero_attached_to_the_graph() -> None:
+    scores = torch.full((2, 0, 3), 1 / 3, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.long)
+    loss = mask_classification_loss(scores, [none, none])
+    loss.backward()
+    assert loss.item() == 0 and scores.grad is not None
+    one = torch.rand(2, 3)
+    assert torch.equal(
+        mask_classification_loss([one, one[:0]], [torch.tensor([0, 2]), none]),
+        mask_classification_loss([one], [torch.tensor([0, 2])]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "message"),
+    [
+        (SCORES, [LABELS], r"image 0: expected scores \(K, C\) and one label a mask.*\(4, 3\) and \(2,\)"),
+        (SCORES[0], [LABELS] * 4, r"image 0: expected scores \(N, C\)"),
+        (SCORES[:, :2], [LABELS + 1], r"labels\[0\] must lie in 0..2, got \[1, 3\]"),
+        (SCORES[:, :2] * 30, [LABELS], r"scores\[0\] must lie in \[0, 1\].*softmax"),
+        (SCORES, [], "one entry per image"),
+        (SCORES[:0], [], "at least one image"),
+    ],
+)
+def test_mask_classification_refuses(scores: Tensor, labels: list[Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mask_classification_loss(scores, labels)
+
+
+def test_the_module_of_mask_classification() -> None:
+    _, _, targets, labels = ragged_batch()
+    scores = [torch.rand(len(label), 6) for label in labels]
+    student, teacher = torch.rand(4, 6), torch.rand(4, 6)
+    masks = [target.float() for target in targets]
+    plain = MaskClassificationLoss()(scores, masks, targets, labels)
+    assert list(plain) == ["mask_classification", "self_distillation"] and plain["self_distillation"] == 0
+    assert torch.equal(plain["mask_classification"], mask_classification_loss(scores, labels))
+    both = MaskClassificationLoss(0.5)(scores, masks, targets, labels, student, teacher)
+    assert torch.equal(both["self_distillation"], 0.5 * self_distillation_loss(student, teacher))
+    assert MaskClassificationLoss().counts(masks, labels) == [1, 0, 1, 1]
+    with pytest.raises(ValueError, match="distillation_weight must be finite"):
+        MaskClassificationLoss(-1.0)
+    for wrong in (masks[0][:1], masks[0].flip(0), masks[0] * 0.5):
+        with pytest.raises(ValueError, match=r"image 0: its \d masks are not the regions of its 2 classes.*propose"):
+            MaskClassificationLoss()([scores[0], *scores[1:]], [wrong, *masks[1:]], targets, labels)
 
 
 # Any shapes, dtypes and values, against numpy in float64

@@ -7,13 +7,14 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..checkpoint import replace_file, save_mask_aware
 
 # The paper's iterations (Sec. 5.1); past them seen classes go on rising while unseen ones fall.
 _ITERATIONS = {"voc-20": 100, "voc-20b": 100, "voc-21": 100, "coco-stuff": 1000, "ade20k-150": 5000, "ade20k-847": 5000}
 _TRUTH = "ground-truth"
+_MASKCLIPPP = "maskclip++"
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _KEPT, _LOG, _SETTINGS, _STATE = ".proposals", "log.jsonl", "settings.json", "state.pt"
 _TOWER, _BEST = "tower.safetensors", "best.safetensors"
@@ -41,6 +42,12 @@ def add(commands: Any) -> None:
         "--setting", choices=("zero-shot", "all"),
         help="zero-shot: unseen classes are ignored; all: train on all (default: zero-shot if some are unseen)",
     )  # fmt: skip
+    finetune.add_argument("--limit", type=int, metavar="N", help="the first N pictures only")
+    finetune.add_argument(
+        "--self-training", type=Path, metavar="RUN",
+        help="folder of an earlier run, whose tower labels the unseen classes that this one then trains on, too "
+        "(Table 8)",
+    )  # fmt: skip
     finetune.add_argument(
         "--model", metavar="NAME", help="frozen CLIP, of open_clip or transformers (default: the embedded one)"
     )
@@ -48,9 +55,14 @@ def add(commands: Any) -> None:
     finetune.add_argument("--start-layer", type=int, metavar="L", help="(default: two thirds of the depth)")
     finetune.add_argument("--size", type=int, metavar="PIXELS", help="side of the square (default: the model's, 480)")
     finetune.add_argument(
-        "--proposals", default="superpixels", metavar="KIND",
+        "--recipe", choices=("maft", _MASKCLIPPP), default="maft",
+        help=f"maft: L_ma and L_dis; {_MASKCLIPPP}: the cross-entropy of ground-truth masks, as MaskCLIP++ has it, and "
+        "L_dis if --distillation-weight is given (default: maft)",
+    )  # fmt: skip
+    finetune.add_argument(
+        "--proposals", metavar="KIND",
         help=f"superpixels, sam[:MODEL], mask2former[:MODEL], files:PATH; {_TRUTH}, the regions of the labels; or "
-        f"KIND+{_TRUTH}, both (default: %(default)s)",
+        f"KIND+{_TRUTH}, both (default: superpixels; of {_MASKCLIPPP}: {_TRUTH}, which is all that it takes)",
     )  # fmt: skip
     finetune.add_argument("--keep", type=Path, metavar="DIR", help=f"keep proposals there (default: {_KEPT} in --out)")
     finetune.add_argument(
@@ -59,7 +71,11 @@ def add(commands: Any) -> None:
     finetune.add_argument("--batch-size", type=int, default=16, metavar="N", help="of all processes (default: 16)")
     finetune.add_argument("--lr", type=float, help="(default: 1e-5; of shapes, the demo's)")
     finetune.add_argument("--weight-decay", type=float, default=1e-5, help="(default: 1e-5)")
-    finetune.add_argument("--distillation-weight", type=float, default=1.0, help="lambda (default: 1)")
+    finetune.add_argument(
+        "--loss", choices=("smooth_l1", "l1", "l2", "kl"), default="smooth_l1",
+        help="kind of L_ma (Table 4b; default: %(default)s)",
+    )  # fmt: skip
+    finetune.add_argument("--distillation-weight", type=float, help=f"lambda (default: 1; of {_MASKCLIPPP}: 0)")
     finetune.add_argument("--freeze", default="paper", help="row of Table 4(d), released or as_is (default: paper)")
     finetune.add_argument("--seed", type=int, default=0, help="of the order of the pictures (default: 0)")
     finetune.add_argument("--precision", choices=_PRECISIONS, default="fp32", help="weights stay fp32 (default: fp32)")
@@ -82,10 +98,10 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it; returns the exit status."""
-    for name, least in {"workers": 0, "validate_every": 0, "validate_on": 1, "accumulate": 1}.items():
-        if getattr(arguments, name) < least:
+    for name, least in {"workers": 0, "validate_every": 0, "validate_on": 1, "accumulate": 1, "limit": 1}.items():
+        if (value := getattr(arguments, name)) is not None and value < least:
             option = name.replace("_", "-")
-            arguments.error(f"--{option} {getattr(arguments, name)}: expected at least {least}")
+            arguments.error(f"--{option} {value}: expected at least {least}")
     try:
         return _run(arguments)
     except (OSError, ValueError, TypeError, FloatingPointError, ModuleNotFoundError) as error:
@@ -98,11 +114,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from ..classify import text_classifier
     from ..data import open_dataset
-    from ..evaluate import Evaluator, mask_aware_scorer
+    from ..evaluate import Evaluator, PseudoLabelled, mask_aware_scorer
     from ..extras import extra
     from ..finetune import SegmentationSamples, drawn, finetune
-    from ..losses import MAFTLoss
-    from ..models import image_tower
+    from ..losses import MAFTLoss, MaskClassificationLoss
+    from ..models import image_tower, load_model
     from ..proposals import Kept, proposer
     from ..proposals.merging import Superpixels
 
@@ -120,9 +136,12 @@ def _run(arguments: argparse.Namespace) -> int:
     setting = arguments.setting or ("zero-shot" if train.unseen else "all")
     if setting == "zero-shot" and not train.unseen:
         raise ValueError(f"{arguments.data} has no unseen classes: --setting all trains on all of them")
-    classes = train.seen if setting == "zero-shot" else tuple(range(len(train.class_names)))
+    if arguments.self_training is not None and not train.unseen:
+        raise ValueError(f"{arguments.data} has no unseen classes: leave --self-training out")
+    ignoring = setting == "zero-shot" and arguments.self_training is None
+    classes = train.seen if ignoring else tuple(range(len(train.class_names)))
     iterations, lr, superpixels = arguments.iterations, arguments.lr, Superpixels()
-    shapes = arguments.data.partition(":")[0] == "shapes"
+    shapes = arguments.data.startswith("shapes")
     if shapes:
         from ..shapes.demo import RECIPE, image_scores
 
@@ -132,56 +151,82 @@ def _run(arguments: argparse.Namespace) -> int:
     if iterations is None:
         raise ValueError(f"the paper names no iterations for {arguments.data}: give --iterations")
     lr = 1e-5 if lr is None else lr
-    kind = arguments.proposals.removesuffix(f"+{_TRUTH}")
-    truth = arguments.proposals.endswith(_TRUTH)
+    weight, proposals = arguments.distillation_weight, arguments.proposals
+    if arguments.recipe == _MASKCLIPPP:
+        loss: MAFTLoss = MaskClassificationLoss(0.0 if weight is None else weight)
+        proposals = proposals or _TRUTH
+        if proposals != _TRUTH:
+            raise ValueError(
+                f"--proposals {proposals}: --recipe {_MASKCLIPPP} trains on ground-truth masks alone; leave the option "
+                "out, or take --recipe maft"
+            )
+    else:
+        loss = MAFTLoss(arguments.loss, 1.0 if weight is None else weight)
+        proposals = proposals or "superpixels"
+    kind = proposals.removesuffix(f"+{_TRUTH}")
+    truth = proposals.endswith(_TRUTH)
 
     accelerator = Accelerator(
         mixed_precision=_PRECISIONS[arguments.precision],
         gradient_accumulation_steps=arguments.accumulate,
         cpu=arguments.cpu or None,
     )
-    model = _frozen_model(arguments)
+    model, labeller = _frozen_model(arguments), None
+    if arguments.self_training is not None:
+        tower_file = arguments.self_training / _TOWER
+        if not tower_file.is_file():
+            raise FileNotFoundError(f"--self-training {arguments.self_training} has no {_TOWER}: name a finished run")
+        labeller = load_model(
+            arguments.model, arguments.pretrained, checkpoint=tower_file, start_layer=arguments.start_layer
+        )
     tower = image_tower(model.clip)
     if arguments.grad_checkpointing:
         if not hasattr(tower, "set_grad_checkpointing"):
             raise ValueError(f"{type(tower).__name__} has no gradient checkpointing: leave --grad-checkpointing out")
         tower.set_grad_checkpointing(True)
+    pictures = len(train) if arguments.limit is None else min(arguments.limit, len(train))
     keep = arguments.keep or out / _KEPT
     given = None if kind == _TRUTH else superpixels if kind == "superpixels" else proposer(kind, accelerator.device)
     settings = {
         "data": arguments.data, "names": train.names, "layout": train.layout, "setting": setting,
-        "pictures": len(train), "model": model.source, "templates": list(model.templates),
+        "pictures": pictures, "self_training": arguments.self_training and str(arguments.self_training.resolve()),
+        "model": model.source, "templates": list(model.templates),
         "size": arguments.size or model.size, "proposals": given.settings if given else _TRUTH,
         "ground_truth_masks": truth, "iterations": iterations, "lr": lr, "batch_size": arguments.batch_size,
-        "weight_decay": arguments.weight_decay, "distillation_weight": arguments.distillation_weight,
+        "weight_decay": arguments.weight_decay, "recipe": arguments.recipe, "loss": loss.kind,
+        "distillation_weight": loss.distillation_weight,
         "freeze": arguments.freeze, "seed": arguments.seed, "precision": arguments.precision,
         "validate_every": arguments.validate_every, "validate_on": arguments.validate_on,
     }  # fmt: skip
     if accelerator.is_main_process:
         _claim(out, settings, arguments.resume)
     accelerator.wait_for_everyone()
+    model.clip.to(accelerator.device)
+    every_text = text_classifier(model.clip, model.tokenizer, train.class_names, model.templates)  # (C, D)
+    text = text_classifier(model.clip, model.tokenizer, [train.class_names[k] for k in classes], model.templates)
     kept = None if given is None else Kept(given, keep)
-    samples: Any = SegmentationSamples(train, model, classes, kept, truth, arguments.size)
+    shown = None if given is None else Kept(Superpixels() if kind == "superpixels" else given, keep)
+    workers, source = arguments.workers, cast(Any, train)
+    if labeller is not None:
+        labeller.clip.to(accelerator.device)
+        source = PseudoLabelled(Evaluator(train, shown, mask_aware_scorer(labeller, every_text, arguments.size)))
+        workers = 0  # networks don't run in workers
+    all_samples = SegmentationSamples(source, model, classes, kept, truth, arguments.size)
+    samples: Any = torch.utils.data.Subset(all_samples, range(pictures))
     rank, processes = accelerator.process_index, accelerator.num_processes
-    if given is not None and kind.partition(":")[0] in ("sam", "mask2former"):  # networks don't run in workers
-        indices = sorted(set(drawn(len(train), iterations * arguments.batch_size, arguments.seed)))
+    if given is not None and kind.partition(":")[0] in ("sam", "mask2former"):  # nor do these
+        indices = sorted(set(drawn(pictures, iterations * arguments.batch_size, arguments.seed)))
         for index in indices[rank::processes]:
             samples[index]
         accelerator.wait_for_everyone()
-    model.clip.to(accelerator.device)
-    text = text_classifier(model.clip, model.tokenizer, [train.class_names[k] for k in classes], model.templates)
     teacher_scores = None
     if shapes:  # few and small: once is enough
-        loader = torch.utils.data.DataLoader(samples, batch_size=None, num_workers=arguments.workers)
-        samples = list(loader)
-        if model.class_names is not None:
+        samples = list(torch.utils.data.DataLoader(samples, batch_size=None, num_workers=workers))
+        workers = 0
+        if model.class_names is not None and loss.distillation_weight:
             teacher_scores = image_scores(model.clip.cpu(), samples, text.cpu(), model.logit_scale)
-
     if val is not None:
-        everything = text_classifier(model.clip, model.tokenizer, val.class_names, model.templates)
-        scorer = mask_aware_scorer(model, everything, arguments.size)
-        shown = None if given is None else Kept(Superpixels() if kind == "superpixels" else given, keep)
-        evaluator = Evaluator(val, shown, scorer)
+        evaluator = Evaluator(val, shown, mask_aware_scorer(model, every_text, arguments.size))
     unseen = train.unseen if setting == "zero-shot" else ()
     log = _Log(out, accelerator.is_main_process, arguments.tensorboard, unseen)
     started = time.monotonic()
@@ -196,9 +241,9 @@ def _run(arguments: argparse.Namespace) -> int:
     finetune(
         model.clip if hasattr(model.clip, "visual") else tower, samples, text,
         iterations=iterations, batch_size=arguments.batch_size, lr=lr, weight_decay=arguments.weight_decay,
-        freeze=arguments.freeze, loss=MAFTLoss(distillation_weight=arguments.distillation_weight),
-        logit_scale=model.logit_scale, teacher_scores=teacher_scores if arguments.distillation_weight else None,
-        seed=arguments.seed, num_workers=0 if shapes else arguments.workers, checkpoint=out / _TOWER,
+        freeze=arguments.freeze, loss=loss, logit_scale=model.logit_scale,
+        teacher_scores=teacher_scores,
+        seed=arguments.seed, num_workers=workers, checkpoint=out / _TOWER,
         checkpoint_every=arguments.checkpoint_every, state=out / _STATE, accelerator=accelerator, on_iteration=watch,
     )  # fmt: skip
     if accelerator.is_main_process:

@@ -17,7 +17,14 @@ from .classes import ClassList, class_list, read_classes, unseen_classes
 from .labels import lay_on_picture, read_values, to_classes
 from .layouts import LAYOUTS, SPLITS, Pair, find_layouts, pair_files
 
-DATASETS = (*LAYOUTS, "shapes")
+# Worlds that are drawn, and what they leave out: a half of the things and materials, or nothing.
+_WORLDS = {
+    "shapes": (),
+    "shapes-a": ("heart", "ring", "moon", "brick", "wood"),
+    "shapes-b": ("ball", "box", "star", "grass", "sand", "water"),
+    "shapes-nouns": (),
+}
+DATASETS = (*LAYOUTS, *_WORLDS)
 
 # Values of original labels that stand for no class; None: all that do not.
 _VOID: dict[str, tuple[int, ...] | None] = {
@@ -31,9 +38,13 @@ _VOID: dict[str, tuple[int, ...] | None] = {
     "context-459": (0,),
     "folder": (255, 65535),
 }
-# The demo's: how many scenes, and the first entries of their seeds; no scene serves twice.
+# How many scenes, and the first entries of their seeds; no scene serves twice.
 _SCENES = {"train": 480, "val": 200}
-_SEEDS = {"train": 9_000_000, "val": 8_000_000}
+_SEEDS = {
+    ("shapes", "train"): 9_000_000, ("shapes", "val"): 8_000_000, ("shapes-a", "train"): 31_000_000,
+    ("shapes-a", "val"): 32_000_000, ("shapes-b", "train"): 33_000_000, ("shapes-b", "val"): 34_000_000,
+    ("shapes-nouns", "train"): 35_000_000, ("shapes-nouns", "val"): 36_000_000,
+}  # fmt: skip
 
 
 class Item(NamedTuple):
@@ -135,9 +146,17 @@ class FileDataset(SegmentationDataset):
 
 @dataclass(frozen=True)
 class ShapesDataset(SegmentationDataset):
-    """The embedded world: scenes that are drawn when they are asked for."""
+    """The embedded world, or another that its CLIP has words for: scenes that are drawn when they are asked for.
+
+    Attributes:
+        seed: of the scenes; different ones share none.
+        values: (C,) classes of `maft_adapter.shapes.CLASSES` -> these, by index.
+        exclude: names of classes that do not appear.
+    """
 
     seed: int
+    values: tuple[int, ...] = field(repr=False)
+    exclude: tuple[str, ...] = field(repr=False)
 
     def __len__(self) -> int:
         return _SCENES[self.split]
@@ -146,8 +165,9 @@ class ShapesDataset(SegmentationDataset):
         from ..shapes import render_scene
 
         number = range(len(self))[index]
-        scene = render_scene((_SEEDS[self.split], self.seed, number))
-        return Item(scene.image, scene.labels, f"{self.split}-{number}")
+        world = self.name.partition(":")[0]
+        scene = render_scene((_SEEDS[world, self.split], self.seed, number), exclude=self.exclude)
+        return Item(scene.image, np.array(self.values, np.uint8)[scene.labels], f"{self.split}-{number}")
 
 
 def open_dataset(
@@ -170,7 +190,8 @@ def open_dataset(
             "coco-stuff" (171, unseen: 15), "ade20k-150", "ade20k-847" (unseen: 275), "context-59", "context-459";
             "folder": `root` holds `images/` and `labels/`, each with or without `train/` and `val/` in it, and label
             files (PNG) of the same names, with the indices of the class file or 255 or 65535, which don't count;
-            "shapes" or "shapes:SEED": the embedded world, which needs no `root`;
+            "shapes" or "shapes:SEED": the embedded world, which needs no `root`. "shapes-a" (balls, boxes and stars on
+            grass, sand and water) and "shapes-b" (what is left) share no noun, "shapes-nouns" has no colours and tones;
             "mess:NAME": one of MESS's sets, see `maft_adapter.data.mess`.
         root: the folder that holds the data sets, or the data set's own.
         split: "train" or "val".
@@ -195,11 +216,11 @@ def open_dataset(
         (200, (96, 96), ('red ball',), 8)
     """
     kind, _, detail = name.partition(":")
-    if kind not in (*DATASETS, "mess") or (detail and kind not in ("shapes", "mess")):
+    if kind not in (*DATASETS, "mess") or (detail and kind not in (*_WORLDS, "mess")):
         raise ValueError(f"unknown data set {name!r}: expected one of {', '.join(DATASETS)}, shapes:SEED or mess:NAME")
     if split not in SPLITS:
         raise ValueError(f"split must be 'train' or 'val', got {split!r}")
-    if kind == "shapes":
+    if kind in _WORLDS:
         return _open_shapes(name, detail, split)
     if root is None:
         raise ValueError(f"{name} needs root, the folder that it lies in")
@@ -260,13 +281,19 @@ def _open_shapes(name: str, seed: str, split: str) -> ShapesDataset:
 
     if seed and not seed.isdecimal():
         raise ValueError(f"{name}: the seed must be a number from 0 on")
+    world = name.partition(":")[0]
+    kept = [one for one in CLASSES if one.split()[1] not in _WORLDS[world]]
+    called = {one: one.split()[1] if world == "shapes-nouns" else one for one in kept}
+    names = list(dict.fromkeys(called.values()))
     return ShapesDataset(
         name=name,
         split=split,
-        class_names=tuple((one,) for one in CLASSES),
+        class_names=tuple((one,) for one in names),
         names="plain",
-        unseen=tuple(CLASSES.index(one) for one in UNSEEN),
+        unseen=tuple(names.index(one) for one in UNSEEN) if world == "shapes" else (),
         layout="drawn",
         folder=None,
         seed=int(seed or 0),
+        values=tuple(names.index(called[one]) if one in called else 255 for one in CLASSES),
+        exclude=tuple(one for one in CLASSES if one not in kept),
     )
