@@ -12,7 +12,7 @@ import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -471,15 +471,22 @@ def measure(name: str, world: World, seeds: Sequence[int], out: Path) -> dict[st
 
 
 def _measure_bank(world: World, seeds: Sequence[int], out: Path) -> dict[str, Any]:
-    """`measure` of the table `bank`; figures of a seed are kept in scores/, and read where they are there."""
-    per_seed = []
+    """`measure` of the table `bank`; figures of a seed are kept in scores/, and read where they are there.
+
+    Raises:
+        RuntimeError: those that are there are of another world.
+    """
+    per_seed, about = [], json.loads(json.dumps(asdict(world)))
     for seed in seeds:
         path = out / "scores" / f"{'quick-' if world.quick else ''}{world.data}-seed-{seed}_{BANK}.json"
         if not path.exists():
             figures = _bank_figures(world, seed, out)
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, json.dumps(figures).encode())
-        per_seed.append(json.loads(path.read_bytes()))
+            replace_file(path, json.dumps({"world": about, "figures": figures}).encode())
+        kept = json.loads(path.read_bytes())
+        if kept["world"] != about:
+            raise RuntimeError(f"{path} was measured on {kept['world']}, not on {about}: name another folder")
+        per_seed.append(kept["figures"])
     names = ["words alone", "1 mask a class", *(f"{size} masks a class" for size in _BANK_SIZES[2:])]
     return {
         "table": BANK, "title": "A memory of labelled masks beside the words, frozen CLIP and fine-tuned",

@@ -212,3 +212,5 @@ def test_the_bank_of_a_data_set_takes_the_default_runs_tower(tmp_path: Path, mon
         assert seen > 0 and unseen is None and hiou is None and second[0] > 0
     assert "-" in paper.text(result)
     paper.write([result], tmp_path / "out")
+    with pytest.raises(RuntimeError, match="name another folder"):
+        paper.measure("bank", paper.World("folder", ("--root", "elsewhere")), [0], tmp_path / "out")
