@@ -1,8 +1,8 @@
 """A memory of labelled masks beside the class names: few-shot classification of masks without training.
 
 kNN-CLIP (arXiv:2404.09447) and RetCLIP (arXiv:2601.12779) keep embeddings of labelled masks and join what is near with
-CLIP's own scores. Here the embeddings are compared after whitening, which was worth more than 20 points of hIoU on the
-embedded world: in a frozen CLIP, all masks of one picture resemble each other more than those of one class do.
+CLIP's own scores. Here embeddings are compared after whitening. On validation scenes of the embedded world 20 masks a
+class, without any words, had a hIoU of 24.7 as they are and 58.0 whitened, where the frozen CLIP's words had 36.1.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["MaskBank", "bank_scorer", "labelled_embeddings"]
 
 _KEY = "maft_adapter.bank"  # of the settings in the file's metadata
-_SHARPNESS = 5.0  # factor of the cosines; 3 to 7 are alike, 10 and more lose (validation scenes of the embedded world)
+_SHARPNESS = 5.0  # factor of the cosines, of 3, 5, 8 and 12: with less the words prevail, with more single masks do
 _AT_ONCE = 2**24  # similarities that are held at a time: 64 MB of float32
 
 

@@ -494,7 +494,7 @@ def _measure_bank(world: World, seeds: Sequence[int], out: Path) -> dict[str, An
         "(arXiv:2404.09447) reports 7.2 and RetCLIP (arXiv:2601.12779) 10.0 points of mIoU for FC-CLIP",
         "said": "It has no memory.", "data": world.data,
         "columns": [f"{tower}: {column.heading}" for tower in ("frozen", "tuned") for column in _ZERO_SHOT],
-        "seeds": list(seeds), "quick": world.quick, "x": list(_BANK_SIZES),
+        "seeds": list(seeds), "quick": world.quick, "x": list(range(len(_BANK_SIZES))),
         "rows": [
             {"name": name, "published": [], "per_seed": list(rows)}
             for name, *rows in zip(names, *per_seed, strict=True)

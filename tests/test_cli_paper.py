@@ -167,7 +167,7 @@ def test_a_quick_run_of_the_bank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [row["name"] for row in result["rows"]] == [
         "words alone", "1 mask a class", "5 masks a class", "20 masks a class"
     ]  # fmt: skip
-    assert result["x"] == [0, 1, 5, 20] and result["quick"]
+    assert result["x"] == [0, 1, 2, 3] and result["quick"]
     (words,), *others = (row["per_seed"] for row in result["rows"])
     assert len(words) == len(result["columns"]) == 6 and all(row[0] != words for row in others)
     assert words == pytest.approx(words_alone(4), abs=1e-6)
