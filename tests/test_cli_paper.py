@@ -6,11 +6,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from maft_adapter import cli, paper
+from maft_adapter import cli, paper, save_mask_aware
+from maft_adapter.classify import text_classifier
 from maft_adapter.cli import evaluate, finetune
-from maft_adapter.evaluate import FIGURES
+from maft_adapter.data import datasets, open_dataset
+from maft_adapter.evaluate import FIGURES, Evaluator, mask_aware_scorer
+from maft_adapter.metrics import evaluation_scores
+from maft_adapter.models import load_model
+from maft_adapter.proposals import proposer
+from maft_adapter.shapes import CLASSES, render_scene
+from maft_adapter.shapes.demo import frozen_model
 
 ALL = [name for name in paper.TABLES if name != "6"]
 
@@ -146,3 +154,63 @@ def test_a_quick_run_of_the_commands(tmp_path: Path) -> None:
     assert result["quick"] and [row["name"] for row in result["rows"]] == ["MAFT", "MAFT + ST"]
     figures: Any = [row["per_seed"][0] for row in result["rows"]]
     assert all(0 < figure < 100 for row in figures for figure in row) and figures[0] != figures[1]
+
+
+# The memory of labelled masks, which no row of finetune and evaluate can be
+
+
+def test_a_quick_run_of_the_bank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paper, "_FEW", 4)
+    monkeypatch.setitem(datasets._SCENES, "train", 60)
+    assert cli.main(["paper", "bank", "--quick", "--out", str(tmp_path)]) == 0
+    (result,) = json.loads((tmp_path / "tables.json").read_text())
+    assert [row["name"] for row in result["rows"]] == [
+        "words alone", "1 mask a class", "5 masks a class", "20 masks a class"
+    ]  # fmt: skip
+    assert result["x"] == [0, 1, 2, 3] and result["quick"]
+    (words,), *others = (row["per_seed"] for row in result["rows"])
+    assert len(words) == len(result["columns"]) == 6 and all(row[0] != words for row in others)
+    assert words == pytest.approx(words_alone(4), abs=1e-6)
+    assert "paper: " not in paper.text(result)  # it published nothing like it
+    with Image.open(tmp_path / "table-bank.png") as picture:
+        assert picture.width > 300
+
+    monkeypatch.setattr(paper, "_bank_figures", None)
+    assert paper.measure("bank", paper.World(quick=True), [0], tmp_path) == result  # goes on with what is there
+
+
+def words_alone(count: int) -> list[float]:
+    """hIoU and what it is made of, of the frozen CLIP and of the fine-tuned one, without any bank."""
+    scenes = open_dataset(f"shapes:{paper._BANK_SEED}")
+    found = []
+    for model in (frozen_model(), load_model()):
+        text = text_classifier(model.clip, model.tokenizer, scenes.class_names, model.templates)
+        evaluator = Evaluator(scenes, proposer("superpixels"), mask_aware_scorer(model, text))
+        pixels = torch.stack([evaluator(scenes[i]).pixels for i in range(count)]).sum(0)
+        scores = evaluation_scores(pixels, scenes.unseen)
+        found += [scores["miou_seen"], scores["miou_unseen"], scores["hiou"]]
+    return found
+
+
+def test_the_bank_of_a_data_set_takes_the_default_runs_tower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "tree"
+    for split in ("train", "val"):
+        for i in range(2):
+            scene = render_scene((7, split == "val", i))
+            for kind, values in (("images", scene.image), ("labels", scene.labels)):
+                path = root / kind / split / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(values).save(path)
+    (root / "classes.txt").write_text("\n".join(CLASSES))
+    tower = tmp_path / "tower.safetensors"
+    save_mask_aware(load_model().clip.visual, tower)
+    monkeypatch.setattr(paper.Runs, "run", lambda self, options: tmp_path if options == () else None)
+    world = paper.World("folder", ("--root", str(root)))
+    result = paper.measure("bank", world, [0], tmp_path / "out")
+    for row in result["rows"]:
+        ((seen, unseen, hiou), second) = row["per_seed"][0][:3], row["per_seed"][0][3:]
+        assert seen > 0 and unseen is None and hiou is None and second[0] > 0
+    assert "-" in paper.text(result)
+    paper.write([result], tmp_path / "out")
+    with pytest.raises(RuntimeError, match="name another folder"):
+        paper.measure("bank", paper.World("folder", ("--root", "elsewhere")), [0], tmp_path / "out")

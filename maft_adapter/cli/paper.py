@@ -23,7 +23,8 @@ def add(commands: Any) -> None:
     )
     paper.add_argument(
         "tables", nargs="+", metavar="TABLE",
-        help="1, 2, 3, 4a, 4b, 4c, 4d, 4e, 5, 6 (on data sets), 7, 8, or all of the embedded world",
+        help="1, 2, 3, 4a, 4b, 4c, 4d, 4e, 5, 6 (on data sets), 7, 8, bank (a memory of labelled masks, which came "
+        "after the paper), or all of the embedded world",
     )  # fmt: skip
     paper.add_argument(
         "--data", default="shapes", metavar="NAME", help="data set, as in data check (default: the embedded world)"
@@ -47,16 +48,16 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it; returns the exit status."""
-    from ..paper import TABLES, World, measure, text, write
+    from ..paper import NAMES, World, measure, text, write
 
     if arguments.seeds < 1:
         arguments.error(f"--seeds {arguments.seeds}: expected at least 1")
     names = arguments.tables
     if names == ["all"]:
-        names = [name for name in TABLES if name != "6"]
-    unknown = [name for name in names if name not in TABLES]
+        names = [name for name in NAMES if name != "6"]
+    unknown = [name for name in names if name not in NAMES]
     if unknown:
-        arguments.error(f"unknown table {', '.join(unknown)}: expected {', '.join(TABLES)}, or all alone")
+        arguments.error(f"unknown table {', '.join(unknown)}: expected {', '.join(NAMES)}, or all alone")
     where = ("--root", arguments.root) if arguments.root else ()
     model = [("--model", arguments.model), ("--pretrained", arguments.pretrained)]
     world = World(
