@@ -15,8 +15,8 @@ PROMPTS = f"{VISUAL}mask_embedding"
 VARIANTS: dict[str, tuple[Any, ...]] = {
     "mask prompts": (),
     "no mask prompts": ("MODEL.CLIP_ADAPTER.MASK_PROMPT_FWD", False, "MODEL.CLIP_ADAPTER.MASK_PROMPT_DEPTH", 0),
+    "14 templates": ("MODEL.CLIP_ADAPTER.TEXT_TEMPLATES", "vild"),
     "80 templates": ("MODEL.CLIP_ADAPTER.TEXT_TEMPLATES", "imagenet"),
-    "one template": ("MODEL.CLIP_ADAPTER.TEXT_TEMPLATES", "predefined"),
     "CLIP alone": ("MODEL.CLIP_ADAPTER.CLIP_ENSEMBLE_WEIGHT", 0.0),
     "another threshold": ("MODEL.CLIP_ADAPTER.MASK_THR", 0.9),
 }
@@ -38,7 +38,8 @@ def ovseg(runner: HostRunner) -> Host:
         *stand_ins.small_ovseg(runner.folder / "clip.pt"),
         # DeepLab's has 50 layers at least
         *("MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.STEM_OUT_CHANNELS", 64),
-        *("DATASETS.TEST", "('pascalvoc20_sem_seg_val',)"),
+        # one for each of 171 classes, instead of 14
+        *("MODEL.CLIP_ADAPTER.TEXT_TEMPLATES", "predefined", "DATASETS.TEST", "('pascalvoc20_sem_seg_val',)"),
     )
     return Host("ovseg", "open_vocab_seg", config, options, "pascalvoc20_sem_seg_val", "add_ovseg_config")
 
