@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: help install test lint types fuzz notebooks demo benchmark coverage ci
+.PHONY: help install test lint types fuzz notebooks demo benchmark coverage matrix dist ci
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,13 @@ benchmark:  ## the encoder against plain CLIP, the dense form and crops
 
 coverage:  ## every configuration of open_clip's image towers
 	$(PYTHON) -m benchmarks.coverage
+
+matrix:  ## the tests with the oldest and the newest of everything, on every Python that is here
+	$(PYTHON) -m nox
+
+dist:  ## sdist and wheel, as an index takes them
+	$(PYTHON) -m build
+	$(PYTHON) -m twine check --strict dist/*
 
 ci:  ## all of the above that a change has to pass, in a fresh environment
 	.ci/run
