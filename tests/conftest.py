@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from skips import pytest_sessionfinish  # noqa: F401  (a hook)
 from torch import Tensor, nn
 from zoo import DEPTH, DIM, HEADS, PATCH, WIDTH, OpenAITower, open_clip_tower, randomize
 
