@@ -106,9 +106,9 @@ def test_a_second_run_skips_what_is_finished(
     asked: list[str] = []
     call = Segmenter.__call__
 
-    def count(self: Segmenter, picture: Path, name: str | None = None) -> Any:
+    def count(self: Segmenter, picture: Path) -> Any:
         asked.append(Path(picture).name)
-        return call(self, picture, name)
+        return call(self, picture)
 
     monkeypatch.setattr(Segmenter, "__call__", count)
     assert segment(folder, "--out", out) == 0

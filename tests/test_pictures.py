@@ -488,7 +488,7 @@ def test_masks_without_a_patch_and_no_masks_at_all() -> None:
 
 def test_coco_is_what_pycocotools_reads(tmp_path: Path) -> None:
     scores = np.full(len(MASKS), 0.5, np.float32)
-    result = segmenter(proposals=Given(MASKS, scores=scores))(SCENE.image, "folder/scene 8.png")
+    result = segmenter(proposals=Given(MASKS, scores=scores))(SCENE.image, name="folder/scene 8.png")
     (tmp_path / "coco.json").write_text(json.dumps(result.coco()))
     coco = COCO(str(tmp_path / "coco.json"))
     assert coco.loadImgs(1)[0] == {"id": 1, "file_name": "scene 8.png", "width": 96, "height": 96}
@@ -517,7 +517,7 @@ def test_detections() -> None:
 
 
 def test_saved_files_open_and_say_the_same(tmp_path: Path) -> None:
-    result = segmenter(proposals=Given(MASKS))(SCENE.image, "photos/scene 8.jpg")
+    result = segmenter(proposals=Given(MASKS))(SCENE.image, name="photos/scene 8.jpg")
     paths = result.save(tmp_path / "new" / "folder")
     assert [path.name for path in paths] == ["scene 8.png", "scene 8_overlay.jpg", "scene 8.json"]
     labels = Image.open(paths[0])
@@ -570,14 +570,14 @@ def test_more_than_255_classes_have_16_bits(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (2, 5), (20, 20000), (64, 64)])
 @pytest.mark.parametrize("keep_aspect", [False, True])
 def test_one_colour_and_pictures_of_every_shape(shape: tuple[int, int], keep_aspect: bool, tmp_path: Path) -> None:
-    result = segmenter(keep_aspect=keep_aspect)(np.full((*shape, 3), 90, np.uint8), "x.png")
+    result = segmenter(keep_aspect=keep_aspect)(np.full((*shape, 3), 90, np.uint8), name="x.png")
     assert result.label_map.shape == shape and (result.label_map != 255).all()  # the whole picture is a proposal
     result.save(tmp_path)
     assert np.asarray(Image.open(tmp_path / "x.png")).shape == shape
 
 
 def test_pictures_that_jpeg_cannot_hold(tmp_path: Path) -> None:
-    result = segmenter(proposals=Given(np.ones((1, 4, 70_000), bool)))(np.zeros((4, 70_000, 3), np.uint8), "x.png")
+    result = segmenter(proposals=Given(np.ones((1, 4, 70_000), bool)))(np.zeros((4, 70_000, 3), np.uint8), name="x.png")
     labels, overlay = (Image.open(path) for path in result.save(tmp_path)[:2])
     assert labels.size == (70_000, 4) and overlay.width == 65_500
     overlay.load()
@@ -608,7 +608,7 @@ model = load_model()
 words = [f"{first} and {second}" for first, second in itertools.islice(itertools.permutations(CLASSES, 2), 847)]
 segmenter = Segmenter(model.clip, model.tokenizer, words, size=model.size, proposals=Given())
 before = peak()
-result = segmenter(np.zeros((3000, 4000, 3), np.uint8), "x.png")
+result = segmenter(np.zeros((3000, 4000, 3), np.uint8), name="x.png")
 with tempfile.TemporaryDirectory() as folder:
     result.save(folder)
 assert len(result.detections()) == 80

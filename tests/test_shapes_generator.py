@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from maft_adapter.data import open_dataset
+from maft_adapter.data import datasets, open_dataset
 from maft_adapter.evaluate import Evaluator
 from maft_adapter.proposals import check_proposals, proposer
 from maft_adapter.shapes import clip as clip_module
-from maft_adapter.shapes import demo, train_clip, train_generator
+from maft_adapter.shapes import train_clip, train_generator
 from maft_adapter.shapes.clip import preprocess
 from maft_adapter.shapes.generator import WEIGHTS, create_generator, load_generator
 from maft_adapter.shapes.scenes import CLASSES, SEEN, UNSEEN, render_scene
@@ -71,7 +71,7 @@ def test_training_never_meets_an_unseen_class_nor_anybody_elses_scene() -> None:
         met |= set(np.unique(labels).tolist())
     assert {CLASSES[k] for k in met} <= set(SEEN) and len(met) > 25
     streams = {train_generator.TRAIN, train_generator.VALIDATION}
-    assert not streams & {*demo.SPLITS.values(), train_clip.TRAIN, train_clip.VALIDATION}
+    assert not streams & {*datasets._SEEDS.values(), train_clip.TRAIN, train_clip.VALIDATION}
     assert len(streams) == 2
 
 
@@ -129,6 +129,7 @@ def test_a_picture_of_the_world_reaches_the_network_as_it_did_in_training() -> N
         outputs = load_generator()(pixel_values=preprocess(image)[None])
     masks = nn.functional.interpolate(outputs.masks_queries_logits, (96, 96), mode="bilinear")[0].sigmoid()
     np.testing.assert_allclose(found.masks, masks, atol=1e-4)
+    assert found.class_scores is not None
     np.testing.assert_allclose(found.class_scores, outputs.class_queries_logits[0].softmax(-1), atol=1e-4)
 
 

@@ -10,7 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -212,6 +212,7 @@ def unpatch_regions(model: Any, host: str) -> Any:
         raise ValueError(f"{type(model).__name__} is not patched: there is nothing to undo")
     if isinstance(model, MaskAware):
         restore_class(model)
+    tower = cast(Any, adapter).clip_model.visual
     restore_class(adapter)
-    restore(adapter.clip_model.visual)
+    restore(tower)
     return model

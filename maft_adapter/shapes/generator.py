@@ -16,13 +16,9 @@ from .clip import _shipped
 from .scenes import SEEN
 
 with extra("sam"):
-    from transformers import (
-        Mask2FormerConfig,
-        Mask2FormerForUniversalSegmentation,
-        Mask2FormerImageProcessor,
-        SwinConfig,
-    )
+    import transformers
 
+_transformers: Any = transformers  # its types of these classes are not those of their arguments
 WEIGHTS = "small_generator.safetensors"
 _SIDE, _PATCH = 96, 3  # of the world's pictures and of the backbone's first grid
 _STRIDE = _PATCH * 2**3  # of its last
@@ -34,16 +30,16 @@ def create_generator() -> Any:
     Returns:
         `transformers.Mask2FormerForUniversalSegmentation`, whose labels are the indices of `SEEN`.
     """
-    backbone = SwinConfig(
+    backbone = _transformers.SwinConfig(
         image_size=_SIDE, patch_size=_PATCH, embed_dim=24, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], window_size=4,
         drop_path_rate=0.0, out_features=["stage1", "stage2", "stage3", "stage4"],
     )  # fmt: skip
-    config = Mask2FormerConfig(
+    config = _transformers.Mask2FormerConfig(
         backbone_config=backbone, feature_size=64, mask_feature_size=64, hidden_dim=64, encoder_layers=1,
         encoder_feedforward_dim=128, decoder_layers=4, dim_feedforward=128, num_attention_heads=4, num_queries=20,
         train_num_points=512, num_labels=len(SEEN),
     )  # fmt: skip
-    return Mask2FormerForUniversalSegmentation(config)
+    return _transformers.Mask2FormerForUniversalSegmentation(config)
 
 
 def load_generator(path: str | Path | None = None) -> Any:
@@ -65,7 +61,7 @@ def load_generator(path: str | Path | None = None) -> Any:
     """
     file = _shipped(WEIGHTS) if path is None else Path(path)
     # Not load_state_dict: transformers 4 and 5 name some weights differently, and know each other's names.
-    model, info = Mask2FormerForUniversalSegmentation.from_pretrained(
+    model, info = _transformers.Mask2FormerForUniversalSegmentation.from_pretrained(
         None, config=create_generator().config, state_dict=load(file.read_bytes()), output_loading_info=True
     )
     missing = sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
@@ -84,7 +80,7 @@ def image_processor() -> Any:
         >>> image_processor()(images=np.zeros((32, 64, 3), np.uint8), return_tensors="pt")["pixel_values"].shape
         torch.Size([1, 3, 96, 192])
     """
-    return Mask2FormerImageProcessor(
+    return _transformers.Mask2FormerImageProcessor(
         size={"shortest_edge": _SIDE, "longest_edge": 4 * _SIDE}, size_divisor=_STRIDE,
         image_mean=OPENAI_DATASET_MEAN, image_std=OPENAI_DATASET_STD,
     )  # fmt: skip

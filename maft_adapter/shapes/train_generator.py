@@ -110,7 +110,8 @@ def train(total: int, scenes: int, batch_size: int, lr: float, seed: int, out: P
     rng = np.random.default_rng(seed)
     with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
         images, labels = map(np.stack, zip(*pool.map(_training_scene, range(scenes), 100), strict=True))
-        validation = tuple(map(np.stack, zip(*pool.map(_validation_scene, range(200), 20), strict=True)))
+        pictures, maps = map(np.stack, zip(*pool.map(_validation_scene, range(200), 20), strict=True))
+        validation = pictures, maps
     print(f"rendered {scenes} scenes in {time.monotonic() - started:.0f} s", flush=True)
 
     model = create_generator()
@@ -124,10 +125,10 @@ def train(total: int, scenes: int, batch_size: int, lr: float, seed: int, out: P
     model.train()
     for step in range(steps):
         chosen = rng.choice(scenes, batch_size)
-        batch, maps = images[chosen], labels[chosen]
+        batch, truth = images[chosen], labels[chosen]
         flip = rng.random(batch_size) < 0.5
-        batch[flip], maps[flip] = batch[flip, :, ::-1], maps[flip, :, ::-1]
-        masks, classes = zip(*map(seen_masks, maps), strict=True)
+        batch[flip], truth[flip] = batch[flip, :, ::-1], truth[flip, :, ::-1]
+        masks, classes = zip(*map(seen_masks, truth), strict=True)
         loss = model(pixel_values=preprocess(batch), mask_labels=list(masks), class_labels=list(classes)).loss
         optimizer.zero_grad()
         loss.backward()
