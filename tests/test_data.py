@@ -381,7 +381,7 @@ def test_worlds_of_other_words() -> None:
         seen = set(np.unique([dataset[i].labels for i in range(40)]).tolist())
         assert seen <= set(range(len(dataset.class_names))) and len(seen) > len(dataset.class_names) / 2, name
     # the same drawing under both vocabularies
-    scene = render_scene((36_000_000, 0, 3))
+    scene = render_scene((46_000_000, 0, 3))
     nouns = np.array([of["shapes-nouns"].class_names.index((name.split()[1],)) for name in CLASSES])
     np.testing.assert_array_equal(of["shapes-nouns"][3].labels, nouns[scene.labels])
 

@@ -41,9 +41,9 @@ _VOID: dict[str, tuple[int, ...] | None] = {
 # How many scenes, and the first entries of their seeds; no scene serves twice.
 _SCENES = {"train": 480, "val": 200}
 _SEEDS = {
-    ("shapes", "train"): 9_000_000, ("shapes", "val"): 8_000_000, ("shapes-a", "train"): 31_000_000,
-    ("shapes-a", "val"): 32_000_000, ("shapes-b", "train"): 33_000_000, ("shapes-b", "val"): 34_000_000,
-    ("shapes-nouns", "train"): 35_000_000, ("shapes-nouns", "val"): 36_000_000,
+    ("shapes", "train"): 9_000_000, ("shapes", "val"): 8_000_000, ("shapes-a", "train"): 41_000_000,
+    ("shapes-a", "val"): 42_000_000, ("shapes-b", "train"): 43_000_000, ("shapes-b", "val"): 44_000_000,
+    ("shapes-nouns", "train"): 45_000_000, ("shapes-nouns", "val"): 46_000_000,
 }  # fmt: skip
 
 
