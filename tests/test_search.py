@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 import maft_adapter.search
 from maft_adapter.search import search
 
-ENGINES = ["numpy", pytest.param("faiss", marks=pytest.mark.skipif(not importlib.util.find_spec("faiss"), reason="-"))]
+ENGINES = ["numpy", pytest.param("faiss", marks=pytest.mark.skipif(not importlib.util.find_spec("faiss"), reason="faiss is not installed"))]
 
 
 @pytest.fixture(params=ENGINES)
