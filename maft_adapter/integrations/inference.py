@@ -191,7 +191,7 @@ def patch_regions(
 ) -> Any:
     """`patch` of ZSSeg, FreeSeg and OVSeg; see there."""
     check_host(model, host)
-    adapter: Any = region_adapter(model)
+    adapter = region_adapter(model)
     visual = adapter.clip_model.visual
     if not model.clip_ensemble:
         raise ValueError(f"{host} never asks CLIP here: build it with MODEL.CLIP_ADAPTER.CLIP_ENSEMBLE True")
@@ -213,5 +213,5 @@ def unpatch_regions(model: Any, host: str) -> Any:
     if isinstance(model, MaskAware):
         restore_class(model)
     restore_class(adapter)
-    restore(adapter.clip_model.visual)
+    restore(region_adapter(model).clip_model.visual)
     return model
