@@ -10,7 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -191,7 +191,7 @@ def patch_regions(
 ) -> Any:
     """`patch` of ZSSeg, FreeSeg and OVSeg; see there."""
     check_host(model, host)
-    adapter: Any = region_adapter(model)
+    adapter = region_adapter(model)
     visual = adapter.clip_model.visual
     if not model.clip_ensemble:
         raise ValueError(f"{host} never asks CLIP here: build it with MODEL.CLIP_ADAPTER.CLIP_ENSEMBLE True")
@@ -212,7 +212,6 @@ def unpatch_regions(model: Any, host: str) -> Any:
         raise ValueError(f"{type(model).__name__} is not patched: there is nothing to undo")
     if isinstance(model, MaskAware):
         restore_class(model)
-    tower = cast(Any, adapter).clip_model.visual
     restore_class(adapter)
-    restore(tower)
+    restore(region_adapter(model).clip_model.visual)
     return model

@@ -22,14 +22,12 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
 import maft_adapter
 from maft_adapter.integrations.inference import region_adapter
-from maft_adapter.integrations.stage2 import prepare
 
 # The VOC classes of the hosts, in their order: the last five are unseen.
 VOC_SEEN, VOC_UNSEEN = 15, 5
@@ -333,18 +331,6 @@ def host_features_through_the_shim(host: Host) -> tuple[int, float]:
     assert not features and len(expected) == len(actual)
     pairs = [(torch.as_tensor(a).float(), torch.as_tensor(b).float()) for a, b in zip(expected, actual, strict=True)]
     return len(pairs), max(float(((a - b).abs() / a.abs().amax()).nan_to_num().max()) for a, b in pairs if a.numel())
-
-
-def patch_a_resnet(host: Host) -> None:
-    """`patch` and `unpatch` of a host whose CLIP is a ResNet, and the refusal of stage 2; runs in its process."""
-    model = host.build_random()
-    before = host.segment(model)
-    host.shim.patch(model, size=96)
-    patched = host.segment(model)
-    assert patched[0].isfinite().all() and not torch.allclose(before[0], patched[0], atol=1e-6)
-    with pytest.raises(ValueError, match=r"CLIP is a ResNet \(ModifiedResNet\)"):
-        prepare(model, host.shim.HOST)
-    assert equal(before, host.segment(host.shim.unpatch(model)))
 
 
 def save_model(host: Host, path: Path) -> None:

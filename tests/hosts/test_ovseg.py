@@ -162,12 +162,6 @@ def test_the_launcher_refuses_an_untrained_host(runner: HostRunner, ovseg: Host,
             stage2(runner, ovseg, "refused", weights)
 
 
-def test_a_resnet(runner: HostRunner, ovseg: Host) -> None:
-    runner.call(stand_ins.write_clip, runner.folder / "resnet.pt", 16, (1, 1, 1, 1))
-    clip = ("MODEL.CLIP_ADAPTER.CLIP_MODEL_NAME", str(runner.folder / "resnet.pt"))
-    runner.call(stand_ins.patch_a_resnet, ovseg.but(*clip, *VARIANTS["no mask prompts"]))
-
-
 def test_export(runner: HostRunner, ovseg: Host, trained: str) -> None:
     """The fine-tuned tower alone, in open_clip's tower."""
     from open_clip.transformer import QuickGELU, VisionTransformer

@@ -194,7 +194,20 @@ def save_tower(host: Host, checkpoint: Path, path: Path) -> None:
 def test_a_resnet(runner: HostRunner, zsseg: Host) -> None:
     runner.call(stand_ins.write_clip, runner.folder / "resnet.pt", 16, (1, 1, 1, 1))
     host = zsseg.but("MODEL.CLIP_ADAPTER.CLIP_MODEL_NAME", str(runner.folder / "resnet.pt"))
-    runner.call(stand_ins.patch_a_resnet, host)
+    runner.call(patch_a_resnet, host)
+
+
+def patch_a_resnet(host: Host) -> None:
+    from maft_adapter.integrations.stage2 import prepare
+
+    model = host.build_random()
+    before = host.segment(model)
+    host.shim.patch(model, size=96)
+    patched = host.segment(model)
+    assert patched[0].isfinite().all() and not torch.allclose(before[0], patched[0], atol=1e-6)
+    with pytest.raises(ValueError, match=r"CLIP is a ResNet \(ModifiedResNet\)"):
+        prepare(model, host.shim.HOST)
+    assert stand_ins.equal(before, host.segment(host.shim.unpatch(model)))
 
 
 def test_export(runner: HostRunner, zsseg: Host, trained: str) -> None:
