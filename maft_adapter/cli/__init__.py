@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import data, demo, embed, evaluate, finetune, search, segment
+from . import app, data, demo, embed, evaluate, finetune, search, segment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="maft-adapter", description="Mask-aware CLIP (MAFT, NeurIPS 2023).")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (segment, embed, search, data, finetune, evaluate, demo):
+    for command in (segment, embed, search, data, finetune, evaluate, app, demo):
         command.add(commands)
     arguments = parser.parse_args(argv)
     try:

@@ -1,0 +1,241 @@
+"""The app: a picture, your own words, and what a CLIP says of a region before and after it became mask-aware."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .evaluate import crop_scorer
+from .extras import extra
+from .masks import boxes_to_masks
+from .models import Model
+from .pictures import Segmentation, Segmenter, read_picture
+from .proposals import Proposer
+from .shapes import CLASSES, render_scene
+from .show import overlay
+
+with extra("app"):
+    import gradio as gr
+    from PIL import Image
+
+__all__ = ["CSS", "build", "region_at", "words_of"]
+
+SIDE = 1024  # pixels: larger pictures become as long as that, which is more than a CLIP sees
+CORNER = (230, 0, 80)
+HINTS = {
+    "region": "Click something in the picture.",
+    "box": "Click two opposite corners of a box.",
+    "brush": "Paint over something.",
+}
+ABOUT = """## What does CLIP say of a region?
+Choose a picture, then click something in it. **Before**: the frozen CLIP looks at a cut-out of the region. **After**:
+the mask-aware CLIP looks at the whole picture, once, and is asked of the region."""
+CSS = """
+footer {display: none !important}
+#picture img {cursor: crosshair}
+#picture img, #labelled img {width: 100%; height: 100%; object-fit: contain}
+"""
+
+
+def words_of(text: str) -> list[str]:
+    """The classes that a user typed, with commas or line ends between them.
+
+    Raises:
+        ValueError: there are none, or nothing stands between two commas.
+
+    Example:
+        >>> words_of("red ball, pale sand")
+        ['red ball', 'pale sand']
+    """
+    words = [word.strip() for word in re.split(r"[,\n]", text.strip())]
+    if not all(words):
+        raise ValueError("a word is missing: type words with commas between them, such as: red ball, pale sand")
+    return words
+
+
+def region_at(result: Segmentation, x: int, y: int) -> NDArray[Any]:
+    """The proposal at a pixel that speaks loudest for the class that the label map has there.
+
+    Args:
+        result: of a `Segmenter`.
+        x, y: column and row of the pixel.
+
+    Returns:
+        (H, W) bool, or float32 in [0, 1] where the proposals are soft.
+
+    Raises:
+        ValueError: no proposal that the tower can see covers the pixel.
+
+    Example:
+        >>> from maft_adapter.models import load_model
+        >>> model = load_model()
+        >>> segmenter = Segmenter(model.clip, model.tokenizer, model.class_names, size=model.size)
+        >>> region_at(segmenter(render_scene(8).image), 48, 48).shape
+        (96, 96)
+    """
+    label = result.label_map[y, x]
+    if label == result.ignore_index:
+        raise ValueError("no proposal covers this place: draw a box around it, or paint over it")
+    voices = result.masks[:, y, x] * result.valid * result.scores[:, label]  # (N,), as in the label map
+    return result.masks[voices.argmax()]
+
+
+def build(model: Model, frozen: Model | None, proposals: Proposer | str = "superpixels") -> gr.Blocks:
+    """The page; every browser that opens it has its own picture, words and regions.
+
+    Args:
+        model: of `load_model`, the mask-aware CLIP that says "after".
+        frozen: the CLIP that says "before" of the region's cut-out (`evaluate.crop_scorer`), with the same text encoder;
+            None leaves that out, as a model of transformers needs, which takes no crops.
+        proposals: where masks come from, as for `Segmenter`.
+
+    Returns:
+        What `launch(css=CSS)` serves; it sends nothing to anybody.
+
+    Raises:
+        TypeError, ValueError, OSError: as `Segmenter`.
+
+    Example:
+        >>> from maft_adapter.models import load_model
+        >>> model = load_model()
+        >>> page = build(model, model)
+    """
+    # Words that suit the samples; the embedded CLIP knows no others.
+    words = CLASSES if model.class_names else ("ball", "box", "star", "heart", "grass", "sand", "water", "bricks", "wood")
+    segmenter = Segmenter(
+        model.clip, model.tokenizer, words, proposals=proposals, templates=model.templates, size=model.size
+    )
+    # Those of examples/pictures, which are not installed.
+    samples = [
+        render_scene((7_000_000, seed), size=256, things=(2, 4), radius=(0.16, 0.28)).image
+        for seed in (8, 17, 32, 51, 55, 58)
+    ]  # (256, 256, 3) each
+
+    with gr.Blocks(title="maft-adapter", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        result, region, corner = gr.State(), gr.State(), gr.State()
+        gr.Markdown(ABOUT)
+        with gr.Row():
+            with gr.Column(scale=5):
+                with gr.Row():
+                    gallery = gr.Gallery(
+                        samples, label="Samples", columns=6, height=130, allow_preview=False, object_fit="cover",
+                        interactive=False, buttons=[], scale=5,
+                    )  # fmt: skip
+                    upload = gr.UploadButton("Your own picture", file_types=["image"], scale=1)
+                tool = gr.Radio(list(HINTS), value="region", label="Ask of a")
+                shown = gr.Image(
+                    label=HINTS["region"], elem_id="picture", interactive=False, height=520, format="png", buttons=[]
+                )
+                canvas = gr.ImageEditor(
+                    label=HINTS["brush"], visible=False, height=520, sources=(), transforms=(), layers=False,
+                    brush=gr.Brush(colors=["#e60050"], color_mode="fixed"),
+                )  # fmt: skip
+            with gr.Column(scale=4):
+                with gr.Row():
+                    before = gr.Label(label="Before: frozen CLIP, cut-out", num_top_classes=5, visible=frozen is not None)
+                    after = gr.Label(label="After: mask-aware CLIP", num_top_classes=5)
+                text = gr.Textbox(", ".join(words), label="Words, with commas between them", lines=3, max_lines=6)
+                use = gr.Button("Use these words", variant="primary")
+                labelled = gr.Image(
+                    label="All regions", elem_id="labelled", interactive=False, height=380, format="png", buttons=[]
+                )
+        everything = [result, region, corner, shown, canvas, before, after, labelled]
+
+        def answered(found: Segmentation, mask: NDArray[Any] | None) -> dict[Any, Any]:
+            """Of a picture and a region in it, or none."""
+            if mask is None:
+                return {region: None, corner: None, shown: found.picture, before: None, after: None}
+            asked = found.ask(mask[None])
+            if not asked.valid[0]:
+                raise ValueError("the region is too small for this CLIP to see: choose a larger one")
+            answer = {
+                region: mask,
+                corner: None,
+                shown: overlay(found.picture, mask),
+                after: dict(zip(found.names, asked.scores[0].tolist(), strict=True)),
+            }
+            if frozen is not None:
+                score = crop_scorer(frozen, segmenter.text(found.class_names), "mask_crop")
+                scores, _ = score(found.picture, torch.from_numpy(mask[None]))  # (1, C)
+                answer[before] = dict(zip(found.names, scores[0].tolist(), strict=True))
+            return answer
+
+        def opened(picture: NDArray[np.uint8], typed: str, name: str = "") -> dict[Any, Any]:
+            names = words_of(typed)
+            small = Image.fromarray(picture)
+            small.thumbnail((SIDE, SIDE))
+            found = segmenter(np.asarray(small), name).relabel(names)
+            return {
+                result: found,
+                canvas: {"background": found.picture, "layers": [], "composite": None},
+                labelled: found.overlay(),
+                **answered(found, None),
+            }
+
+        def on_sample(typed: str, event: gr.SelectData) -> dict[Any, Any]:
+            with told():
+                return opened(samples[event.index], typed)
+
+        def on_upload(path: str, typed: str) -> dict[Any, Any]:
+            with told(path):
+                return opened(read_picture(path), typed, Path(path).name)
+
+        def on_words(found: Segmentation, mask: NDArray[Any] | None, typed: str) -> dict[Any, Any]:
+            with told():
+                found = found.relabel(words_of(typed))
+                return {result: found, labelled: found.overlay(), **answered(found, mask)}
+
+        def on_click(
+            found: Segmentation, first: tuple[int, int] | None, kind: str, event: gr.SelectData
+        ) -> dict[Any, Any]:
+            x, y = event.index
+            with told():
+                if kind == "region":
+                    return answered(found, region_at(found, x, y))
+                if first is None:
+                    marked = found.picture.copy()
+                    arm = max(marked.shape) // 50
+                    marked[max(0, y - arm) : y + arm + 1, x] = marked[y, max(0, x - arm) : x + arm + 1] = CORNER
+                    return {corner: (x, y), shown: marked}
+                (left, right), (top, bottom) = sorted((first[0], x)), sorted((first[1], y))
+                box = torch.tensor([left, top, right + 1, bottom + 1])
+                return answered(found, boxes_to_masks(box, found.picture.shape[:2]).numpy())
+
+        def on_stroke(found: Segmentation, painted: dict[str, Any]) -> dict[Any, Any]:
+            with told():
+                stroke = painted["layers"][0][..., 3] > 0  # (H, W)
+                return answered(found, stroke if stroke.any() else None)
+
+        def on_tool(found: Segmentation, kind: str) -> dict[Any, Any]:
+            return {
+                corner: None,
+                shown: gr.Image(found.picture, label=HINTS[kind], visible=kind != "brush"),
+                canvas: gr.ImageEditor(visible=kind == "brush"),
+            }
+
+        page.load(lambda typed: opened(samples[0], typed), text, everything, api_visibility="private")
+        gallery.select(on_sample, text, everything, api_visibility="private")
+        upload.upload(on_upload, [upload, text], everything, api_visibility="private")
+        gr.on([use.click, text.submit], on_words, [result, region, text], everything, api_visibility="private")
+        shown.select(on_click, [result, corner, tool], everything, api_visibility="private")
+        canvas.input(on_stroke, [result, canvas], everything, api_visibility="private")
+        tool.change(on_tool, [result, tool], everything, api_visibility="private")
+    return page
+
+
+@contextmanager
+def told(path: str = "") -> Iterator[None]:
+    """What is wrong becomes a message on the page, with the name of an uploaded file for its path on this machine."""
+    try:
+        yield
+    except (OSError, TypeError, ValueError) as error:
+        message = html.escape(str(error).replace(path, Path(path).name) if path else str(error), quote=False)
+        raise gr.Error(message, print_exception=False) from error
