@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from .masks import boxes_to_masks
 from .models import Model
 from .pictures import Segmentation, Segmenter, read_picture
 from .proposals import Proposer
-from .shapes import CLASSES, render_scene
+from .shapes import render_scene
 from .show import overlay
 
 with extra("app"):
@@ -35,9 +35,10 @@ HINTS = {
     "box": "Click two opposite corners of a box.",
     "brush": "Paint over something.",
 }
-ABOUT = """## What does CLIP say of a region?
+ABOUT = f"""## What does CLIP say of a region?
 Choose a picture, then click something in it. **Before**: the frozen CLIP looks at a cut-out of the region. **After**:
-the mask-aware CLIP looks at the whole picture, once, and is asked of the region."""
+the mask-aware CLIP looks at the whole picture, once, and is asked of the region. Larger pictures become {SIDE} pixels
+long."""
 CSS = """
 footer {display: none !important}
 #picture img {cursor: crosshair}
@@ -109,7 +110,7 @@ def build(model: Model, frozen: Model | None, proposals: Proposer | str = "super
         >>> page = build(model, model)
     """
     # Words that suit the samples; the embedded CLIP knows no others.
-    words = CLASSES if model.class_names else ("ball", "box", "star", "heart", "grass", "sand", "water", "bricks", "wood")
+    words = model.class_names or ("ball", "box", "star", "heart", "ring", "moon", "grass", "sand", "water", "wood")
     segmenter = Segmenter(
         model.clip, model.tokenizer, words, proposals=proposals, templates=model.templates, size=model.size
     )
@@ -124,30 +125,36 @@ def build(model: Model, frozen: Model | None, proposals: Proposer | str = "super
         gr.Markdown(ABOUT)
         with gr.Row():
             with gr.Column(scale=5):
-                with gr.Row():
-                    gallery = gr.Gallery(
-                        samples, label="Samples", columns=6, height=130, allow_preview=False, object_fit="cover",
-                        interactive=False, buttons=[], scale=5,
-                    )  # fmt: skip
+                gallery = gr.Gallery(
+                    samples, label="Samples", columns=6, height=120, allow_preview=False, object_fit="cover",
+                    interactive=False, buttons=[],
+                )  # fmt: skip
+                with gr.Row(equal_height=True):
+                    tool = gr.Radio(list(HINTS), value="region", label="Ask of a", scale=3)
                     upload = gr.UploadButton("Your own picture", file_types=["image"], scale=1)
-                tool = gr.Radio(list(HINTS), value="region", label="Ask of a")
                 shown = gr.Image(
                     label=HINTS["region"], elem_id="picture", interactive=False, height=520, format="png", buttons=[]
                 )
                 canvas = gr.ImageEditor(
-                    label=HINTS["brush"], visible=False, height=520, sources=(), transforms=(), layers=False,
+                    label=HINTS["brush"], visible=False, height=520, sources=(), transforms=(), layers=gr.LayerOptions(allow_additional_layers=False),
                     brush=gr.Brush(colors=["#e60050"], color_mode="fixed"),
                 )  # fmt: skip
             with gr.Column(scale=4):
                 with gr.Row():
-                    before = gr.Label(label="Before: frozen CLIP, cut-out", num_top_classes=5, visible=frozen is not None)
-                    after = gr.Label(label="After: mask-aware CLIP", num_top_classes=5)
-                text = gr.Textbox(", ".join(words), label="Words, with commas between them", lines=3, max_lines=6)
+                    before = gr.Label(
+                        label="Before: frozen CLIP, cut-out", elem_id="before", num_top_classes=5,
+                        visible=frozen is not None,
+                    )  # fmt: skip
+                    after = gr.Label(label="After: mask-aware CLIP", elem_id="after", num_top_classes=5)
+                text = gr.Textbox(", ".join(words), label="Words, with commas between them", lines=3, max_lines=3)
                 use = gr.Button("Use these words", variant="primary")
                 labelled = gr.Image(
                     label="All regions", elem_id="labelled", interactive=False, height=380, format="png", buttons=[]
                 )
-        everything = [result, region, corner, shown, canvas, before, after, labelled]
+        answer = [result, region, corner, shown, before, after, labelled]
+        # Never the canvas after a stroke: handing it back would wipe it.
+        everything = [*answer, canvas]
+        quietly: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
 
         def answered(found: Segmentation, mask: NDArray[Any] | None) -> dict[Any, Any]:
             """Of a picture and a region in it, or none."""
@@ -172,70 +179,80 @@ def build(model: Model, frozen: Model | None, proposals: Proposer | str = "super
             names = words_of(typed)
             small = Image.fromarray(picture)
             small.thumbnail((SIDE, SIDE))
-            found = segmenter(np.asarray(small), name).relabel(names)
-            return {
-                result: found,
-                canvas: {"background": found.picture, "layers": [], "composite": None},
-                labelled: found.overlay(),
-                **answered(found, None),
-            }
+            found = segmenter(np.array(small), name).relabel(names)
+            return {result: found, canvas: found.picture, labelled: found.overlay(), **answered(found, None)}
 
+        @told
+        def on_load(typed: str) -> dict[Any, Any]:
+            return opened(samples[0], typed)
+
+        @told
         def on_sample(typed: str, event: gr.SelectData) -> dict[Any, Any]:
-            with told():
-                return opened(samples[event.index], typed)
+            return opened(samples[event.index], typed)
 
+        @told
         def on_upload(path: str, typed: str) -> dict[Any, Any]:
-            with told(path):
-                return opened(read_picture(path), typed, Path(path).name)
+            try:
+                picture = read_picture(path)
+            except (OSError, ValueError) as error:  # which name the path on this machine
+                raise ValueError(str(error).replace(path, Path(path).name)) from error
+            return opened(picture, typed, Path(path).name)
 
-        def on_words(found: Segmentation, mask: NDArray[Any] | None, typed: str) -> dict[Any, Any]:
-            with told():
-                found = found.relabel(words_of(typed))
-                return {result: found, labelled: found.overlay(), **answered(found, mask)}
+        @told
+        def on_words(found: Segmentation | None, mask: NDArray[Any] | None, typed: str) -> dict[Any, Any]:
+            if found is None:
+                raise ValueError("there is no picture yet: choose one first")
+            found = found.relabel(words_of(typed))
+            return {result: found, labelled: found.overlay(), **answered(found, mask)}
 
+        @told
         def on_click(
             found: Segmentation, first: tuple[int, int] | None, kind: str, event: gr.SelectData
         ) -> dict[Any, Any]:
             x, y = event.index
-            with told():
-                if kind == "region":
-                    return answered(found, region_at(found, x, y))
-                if first is None:
-                    marked = found.picture.copy()
-                    arm = max(marked.shape) // 50
-                    marked[max(0, y - arm) : y + arm + 1, x] = marked[y, max(0, x - arm) : x + arm + 1] = CORNER
-                    return {corner: (x, y), shown: marked}
-                (left, right), (top, bottom) = sorted((first[0], x)), sorted((first[1], y))
-                box = torch.tensor([left, top, right + 1, bottom + 1])
-                return answered(found, boxes_to_masks(box, found.picture.shape[:2]).numpy())
+            if kind == "region":
+                return answered(found, region_at(found, x, y))
+            if first is None:
+                marked = found.picture.copy()
+                arm = max(marked.shape) // 50
+                marked[max(0, y - arm) : y + arm + 1, x] = marked[y, max(0, x - arm) : x + arm + 1] = CORNER
+                return {corner: (x, y), shown: marked}
+            (left, right), (top, bottom) = sorted((first[0], x)), sorted((first[1], y))
+            box = torch.tensor([left, top, right + 1, bottom + 1])
+            return answered(found, boxes_to_masks(box, found.picture.shape[:2]).numpy())
 
+        @told
         def on_stroke(found: Segmentation, painted: dict[str, Any]) -> dict[Any, Any]:
-            with told():
-                stroke = painted["layers"][0][..., 3] > 0  # (H, W)
-                return answered(found, stroke if stroke.any() else None)
+            stroke = np.any([layer[..., 3] > 0 for layer in painted["layers"]], axis=0)  # (H, W)
+            return answered(found, stroke if stroke.any() else None)
 
-        def on_tool(found: Segmentation, kind: str) -> dict[Any, Any]:
+        def on_tool(found: Segmentation | None, kind: str) -> dict[Any, Any]:
+            picture = None if found is None else found.picture
             return {
                 corner: None,
-                shown: gr.Image(found.picture, label=HINTS[kind], visible=kind != "brush"),
-                canvas: gr.ImageEditor(visible=kind == "brush"),
+                shown: gr.Image(picture, label=HINTS[kind], visible=kind != "brush"),
+                canvas: gr.ImageEditor(picture, visible=kind == "brush"),
             }
 
-        page.load(lambda typed: opened(samples[0], typed), text, everything, api_visibility="private")
-        gallery.select(on_sample, text, everything, api_visibility="private")
-        upload.upload(on_upload, [upload, text], everything, api_visibility="private")
-        gr.on([use.click, text.submit], on_words, [result, region, text], everything, api_visibility="private")
-        shown.select(on_click, [result, corner, tool], everything, api_visibility="private")
-        canvas.input(on_stroke, [result, canvas], everything, api_visibility="private")
-        tool.change(on_tool, [result, tool], everything, api_visibility="private")
+        page.load(on_load, text, everything, **quietly)
+        gallery.select(on_sample, text, everything, **quietly)
+        upload.upload(on_upload, [upload, text], everything, **quietly)
+        gr.on([use.click, text.submit], on_words, [result, region, text], answer, **quietly)
+        shown.select(on_click, [result, corner, tool], answer, **quietly)
+        canvas.input(on_stroke, [result, canvas], answer, **quietly)
+        tool.change(on_tool, [result, tool], [corner, shown, canvas], **quietly)
     return page
 
 
-@contextmanager
-def told(path: str = "") -> Iterator[None]:
-    """What is wrong becomes a message on the page, with the name of an uploaded file for its path on this machine."""
-    try:
-        yield
-    except (OSError, TypeError, ValueError) as error:
-        message = html.escape(str(error).replace(path, Path(path).name) if path else str(error), quote=False)
-        raise gr.Error(message, print_exception=False) from error
+def told(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """The handler of an event; what is wrong becomes a message on the page, which stays as it was."""
+
+    @functools.wraps(handler)
+    def handled(*arguments: Any) -> Any:
+        try:
+            return handler(*arguments)
+        except (OSError, TypeError, ValueError) as error:
+            gr.Warning(html.escape(str(error), quote=False))
+            return gr.skip()
+
+    return handled

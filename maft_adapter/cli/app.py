@@ -41,11 +41,13 @@ def add(commands: Any) -> None:
         "--host", default="127.0.0.1", metavar="ADDRESS",
         help="to listen on; 0.0.0.0 lets everybody who reaches this machine use it (default: this machine alone)",
     )  # fmt: skip
-    app.set_defaults(run=run)
+    app.set_defaults(run=run, error=app.error)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it; returns the exit status."""
+    if arguments.port is not None and not 1 <= arguments.port <= 65535:
+        arguments.error(f"--port {arguments.port}: expected 1 to 65535")
     try:
         from ..app import CSS, build
         from ..models import load_model
@@ -57,12 +59,14 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.model is None:
             frozen = model._replace(clip=load_clip().to(arguments.device))
         page = build(model, frozen if hasattr(frozen.clip, "encode_image") else None, arguments.proposals)
-        # Without server-side rendering, which would be a second server with a port of its own.
-        page.launch(
-            server_name=arguments.host, server_port=arguments.port, share=False, ssr_mode=False, css=CSS,
-            footer_links=[],
+        # Rendering on the server would be a second one, with a port of its own.
+        _, url, _ = page.launch(
+            server_name=arguments.host, server_port=arguments.port, share=False, ssr_mode=False, css=CSS, quiet=True,
+            prevent_thread_lock=True,
         )  # fmt: skip
     except (OSError, ValueError, ModuleNotFoundError) as error:
         print(f"maft-adapter app: {error}", file=sys.stderr)
         return 1
+    print(f"maft-adapter app: {url} (Ctrl-C ends it)", flush=True)
+    page.block_thread()
     return 0
