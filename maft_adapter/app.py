@@ -29,6 +29,7 @@ with extra("app"):
 __all__ = ["CSS", "build", "region_at", "words_of"]
 
 SIDE = 1024  # pixels: larger pictures become as long as that, which is more than a CLIP sees
+SHOWN = 512  # pixels: smaller ones are shown enlarged, by a whole number
 CORNER = (230, 0, 80)
 HINTS = {
     "region": "Click something in the picture.",
@@ -42,7 +43,6 @@ long."""
 CSS = """
 footer {display: none !important}
 #picture img {cursor: crosshair}
-#picture img, #labelled img {width: 100%; height: 100%; object-fit: contain}
 """
 
 
@@ -89,13 +89,24 @@ def region_at(result: Segmentation, x: int, y: int) -> NDArray[Any]:
     return result.masks[voices.argmax()]
 
 
+def enlargement(picture: NDArray[np.uint8]) -> int:
+    """By what a picture (H, W, 3) is enlarged: the browser, which is asked where a click was, must not do it."""
+    return max(1, SHOWN // max(picture.shape))
+
+
+def enlarged(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(H, W, 3) -> (factor * H, factor * W, 3)."""
+    factor = enlargement(picture)
+    return picture.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
 def build(model: Model, frozen: Model | None, proposals: Proposer | str = "superpixels") -> gr.Blocks:
     """The page; every browser that opens it has its own picture, words and regions.
 
     Args:
         model: of `load_model`, the mask-aware CLIP that says "after".
-        frozen: the CLIP that says "before" of the region's cut-out (`evaluate.crop_scorer`), with the same text encoder;
-            None leaves that out, as a model of transformers needs, which takes no crops.
+        frozen: the CLIP that says "before" of the region's cut-out (`evaluate.crop_scorer`), with the same text
+            encoder; None leaves that out, as a model of transformers needs, which takes no crops.
         proposals: where masks come from, as for `Segmenter`.
 
     Returns:
@@ -136,7 +147,8 @@ def build(model: Model, frozen: Model | None, proposals: Proposer | str = "super
                     label=HINTS["region"], elem_id="picture", interactive=False, height=520, format="png", buttons=[]
                 )
                 canvas = gr.ImageEditor(
-                    label=HINTS["brush"], visible=False, height=520, sources=(), transforms=(), layers=gr.LayerOptions(allow_additional_layers=False),
+                    label=HINTS["brush"], visible=False, height=520, sources=(), transforms=(),
+                    layers=gr.LayerOptions(allow_additional_layers=False),
                     brush=gr.Brush(colors=["#e60050"], color_mode="fixed"),
                 )  # fmt: skip
             with gr.Column(scale=4):
@@ -159,14 +171,14 @@ def build(model: Model, frozen: Model | None, proposals: Proposer | str = "super
         def answered(found: Segmentation, mask: NDArray[Any] | None) -> dict[Any, Any]:
             """Of a picture and a region in it, or none."""
             if mask is None:
-                return {region: None, corner: None, shown: found.picture, before: None, after: None}
+                return {region: None, corner: None, shown: enlarged(found.picture), before: None, after: None}
             asked = found.ask(mask[None])
             if not asked.valid[0]:
                 raise ValueError("the region is too small for this CLIP to see: choose a larger one")
             answer = {
                 region: mask,
                 corner: None,
-                shown: overlay(found.picture, mask),
+                shown: enlarged(overlay(found.picture, mask)),
                 after: dict(zip(found.names, asked.scores[0].tolist(), strict=True)),
             }
             if frozen is not None:
@@ -209,14 +221,14 @@ def build(model: Model, frozen: Model | None, proposals: Proposer | str = "super
         def on_click(
             found: Segmentation, first: tuple[int, int] | None, kind: str, event: gr.SelectData
         ) -> dict[Any, Any]:
-            x, y = event.index
+            x, y = (place // enlargement(found.picture) for place in event.index)
             if kind == "region":
                 return answered(found, region_at(found, x, y))
             if first is None:
                 marked = found.picture.copy()
                 arm = max(marked.shape) // 50
                 marked[max(0, y - arm) : y + arm + 1, x] = marked[y, max(0, x - arm) : x + arm + 1] = CORNER
-                return {corner: (x, y), shown: marked}
+                return {corner: (x, y), shown: enlarged(marked)}
             (left, right), (top, bottom) = sorted((first[0], x)), sorted((first[1], y))
             box = torch.tensor([left, top, right + 1, bottom + 1])
             return answered(found, boxes_to_masks(box, found.picture.shape[:2]).numpy())
@@ -228,9 +240,10 @@ def build(model: Model, frozen: Model | None, proposals: Proposer | str = "super
 
         def on_tool(found: Segmentation | None, kind: str) -> dict[Any, Any]:
             picture = None if found is None else found.picture
+            large = None if picture is None else enlarged(picture)
             return {
                 corner: None,
-                shown: gr.Image(picture, label=HINTS[kind], visible=kind != "brush"),
+                shown: gr.Image(large, label=HINTS[kind], visible=kind != "brush"),
                 canvas: gr.ImageEditor(picture, visible=kind == "brush"),
             }
 
