@@ -38,8 +38,8 @@ HINTS = {
 }
 ABOUT = f"""## What does CLIP say of a region?
 Choose a picture, then click something in it. **Before**: the frozen CLIP looks at a cut-out of the region. **After**:
-the mask-aware CLIP looks at the whole picture, once, and is asked of the region. Larger pictures become {SIDE} pixels
-long."""
+the mask-aware CLIP looks at the whole picture, once, and is asked of the region. Your own pictures
+become at most {SIDE} pixels long."""
 CSS = """
 footer {display: none !important}
 #picture img {cursor: crosshair}
@@ -131,7 +131,7 @@ def build(model: Model, frozen: Model | None, proposals: Proposer | str = "super
         for seed in (8, 17, 32, 51, 55, 58)
     ]  # (256, 256, 3) each
 
-    with gr.Blocks(title="maft-adapter", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with gr.Blocks(title="maft-adapter", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as page:
         result, region, corner = gr.State(), gr.State(), gr.State()
         gr.Markdown(ABOUT)
         with gr.Row():

@@ -27,7 +27,7 @@ from maft_adapter.app import region_at, words_of
 playwright = pytest.importorskip("playwright.sync_api", reason='playwright is not installed: pip install ".[test]"')
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-PATIENCE = 15_000  # ms, of a busy machine
+PATIENCE = 60_000  # ms, of a busy machine
 
 
 @pytest.fixture(scope="module")
