@@ -6,14 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import data, demo, embed, evaluate, finetune, paper, search, segment
+from . import app, data, demo, embed, evaluate, finetune, paper, search, segment
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     whole = argparse.ArgumentParser(prog="maft-adapter", description="Mask-aware CLIP (MAFT, NeurIPS 2023).")
     commands = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (segment, embed, search, data, finetune, evaluate, demo, paper):
+    for command in (segment, embed, search, data, app, finetune, evaluate, paper, demo):
         command.add(commands)
     return whole
 
