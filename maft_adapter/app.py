@@ -191,7 +191,7 @@ def build(model: Model, frozen: Model | None, proposals: Proposer | str = "super
             names = words_of(typed)
             small = Image.fromarray(picture)
             small.thumbnail((SIDE, SIDE))
-            found = segmenter(np.array(small), name).relabel(names)
+            found = segmenter(np.array(small), name=name).relabel(names)
             return {result: found, canvas: found.picture, labelled: found.overlay(), **answered(found, None)}
 
         @told

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 import maft_adapter.search
 from maft_adapter.search import search
 
-ENGINES = ["numpy", pytest.param("faiss", marks=pytest.mark.skipif(not importlib.util.find_spec("faiss"), reason="faiss is not installed"))]
+NO_FAISS = pytest.mark.skipif(not importlib.util.find_spec("faiss"), reason="faiss is not installed")
+ENGINES = ["numpy", pytest.param("faiss", marks=NO_FAISS)]
 
 
 @pytest.fixture(params=ENGINES)
