@@ -133,7 +133,8 @@ class Mask2Former:
 
     Args:
         model: its name on the Hugging Face Hub (`facebook/mask2former-swin-small-ade-semantic`,
-            `facebook/maskformer-swin-base-coco`, ...) or a folder that `save_pretrained` wrote.
+            `facebook/maskformer-swin-base-coco`, ...), a folder that `save_pretrained` wrote, or `shapes`, the small
+            one of the embedded world (`maft_adapter.shapes.generator`); a folder of that name is `./shapes`.
         device: that it runs on.
 
     Raises:
@@ -144,8 +145,11 @@ class Mask2Former:
     def __init__(
         self, model: str = "facebook/mask2former-swin-small-coco-instance", device: torch.device | str = "cpu"
     ) -> None:
-        kinds = ("mask2former", "maskformer")
-        network, self._processor, source = _load(AutoModelForUniversalSegmentation, model, kinds)
+        if model == "shapes":
+            network, self._processor, source = _embedded()
+        else:
+            kinds = ("mask2former", "maskformer")
+            network, self._processor, source = _load(AutoModelForUniversalSegmentation, model, kinds)
         self._network = network.to(device)
         self.settings = f"mask2former: {source}"
 
@@ -184,6 +188,14 @@ class Mask2Former:
             scores[n] *= float(inside.mean()) if len(inside) else 0.0
             masks[n] = whole.cpu().numpy()
         return Proposals(masks, scores, class_scores.cpu().numpy())
+
+
+def _embedded() -> tuple[Any, Any, str]:
+    """The generator of the embedded world, its image processor, and what tells it from others."""
+    from ..shapes import generator
+
+    version = Path(generator.__file__).with_name(f"{generator.WEIGHTS}.sha256").read_text()[:16]
+    return generator.load_generator(), generator.image_processor(), f"shapes {version}"
 
 
 def _load(auto: Any, name: str, kinds: tuple[str, ...]) -> tuple[Any, Any, str]:
