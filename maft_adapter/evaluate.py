@@ -207,7 +207,9 @@ class Evaluator:
         """A^p over the data set's classes, (N, C); 0 for those that the generator does not know."""
         if given is None:
             raise ValueError("the ensemble needs class scores (A^p), which these proposals have not")
-        scores = torch.from_numpy(given)[:, :-1]  # (N, C') without "no object"
+        scores = torch.from_numpy(given)[:, :-1]  # (N, C') without "no object", which the paper's A^p does not have:
+        # left out of the sum, too, or masks of no object would lose their votes for seen classes alone.
+        scores = (scores / scores.sum(1, keepdim=True).clamp(min=1e-6)).clamp(max=1)
         known, classes = self._known.shape
         if scores.shape[1] == known:
             return (scores @ self._known).clamp(max=1)  # several known ones may be one class here

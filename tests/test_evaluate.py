@@ -253,13 +253,14 @@ def test_ensemble(form: Literal["paper", "released"], columns: str, items: list[
     count = {"all": C, "seen": sum(seen), "names": 4}[columns]
     given = probabilities(rng, 6, count + 1)
     a_p: NDArray[Any] = np.zeros((6, C))
+    of_objects = given[:, :-1] / given[:, :-1].sum(1, keepdims=True)  # given that there is one
     if columns == "all":
-        a_p = given[:, :-1]
+        a_p = of_objects
     elif columns == "seen":
-        a_p[:, seen] = given[:, :-1]
+        a_p[:, seen] = of_objects
     else:
         for name, of in (("red ball", [0, 1]), ("yellow ball", [2]), ("green ball", [2])):
-            a_p[:, CLASSES.index(name)] = given[:, of].sum(1)
+            a_p[:, CLASSES.index(name)] = of_objects[:, of].sum(1)
 
     def scorer(_: Any, asked: Tensor) -> tuple[Tensor, Tensor]:
         scores = torch.full((len(asked), C), 1 / C)

@@ -19,7 +19,8 @@ def proposer(spec: str, device: torch.device | str = "cpu") -> Proposer:
 
     Args:
         spec: `superpixels`; `sam` or `sam:MODEL` (`generators.Sam`); `mask2former` or `mask2former:MODEL`
-            (`generators.Mask2Former`), where MODEL is a name on the Hugging Face Hub or a folder; `files:PATH`
+            (`generators.Mask2Former`), where MODEL is a name on the Hugging Face Hub, a folder or, for
+            mask2former, `shapes`; `files:PATH`
             (`Files`).
         device: that a generator's model runs on.
 

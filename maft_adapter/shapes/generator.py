@@ -16,9 +16,13 @@ from .clip import _shipped
 from .scenes import SEEN
 
 with extra("sam"):
-    import transformers
+    from transformers import (
+        Mask2FormerConfig,
+        Mask2FormerForUniversalSegmentation,
+        Mask2FormerImageProcessor,
+        SwinConfig,
+    )
 
-_transformers: Any = transformers  # its types of these classes are not those of their arguments
 WEIGHTS = "small_generator.safetensors"
 _SIDE, _PATCH = 96, 3  # of the world's pictures and of the backbone's first grid
 _STRIDE = _PATCH * 2**3  # of its last
@@ -30,16 +34,16 @@ def create_generator() -> Any:
     Returns:
         `transformers.Mask2FormerForUniversalSegmentation`, whose labels are the indices of `SEEN`.
     """
-    backbone = _transformers.SwinConfig(
-        image_size=_SIDE, patch_size=_PATCH, embed_dim=24, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], window_size=4,
-        drop_path_rate=0.0, out_features=["stage1", "stage2", "stage3", "stage4"],
-    )  # fmt: skip
-    config = _transformers.Mask2FormerConfig(
-        backbone_config=backbone, feature_size=64, mask_feature_size=64, hidden_dim=64, encoder_layers=1,
-        encoder_feedforward_dim=128, decoder_layers=4, dim_feedforward=128, num_attention_heads=4, num_queries=20,
-        train_num_points=512, num_labels=len(SEEN),
-    )  # fmt: skip
-    return _transformers.Mask2FormerForUniversalSegmentation(config)
+    backbone: dict[str, Any] = {
+        "image_size": _SIDE, "patch_size": _PATCH, "embed_dim": 24, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8],
+        "window_size": 4, "drop_path_rate": 0.0, "out_features": ["stage1", "stage2", "stage3", "stage4"],
+    }  # fmt: skip
+    options: dict[str, Any] = {
+        "feature_size": 64, "mask_feature_size": 64, "hidden_dim": 64, "encoder_layers": 1,
+        "encoder_feedforward_dim": 128, "decoder_layers": 4, "dim_feedforward": 128, "num_attention_heads": 4,
+        "num_queries": 20, "train_num_points": 512, "num_labels": len(SEEN),
+    }  # fmt: skip
+    return Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=SwinConfig(**backbone), **options))
 
 
 def load_generator(path: str | Path | None = None) -> Any:
@@ -61,7 +65,8 @@ def load_generator(path: str | Path | None = None) -> Any:
     """
     file = _shipped(WEIGHTS) if path is None else Path(path)
     # Not load_state_dict: transformers 4 and 5 name some weights differently, and know each other's names.
-    model, info = _transformers.Mask2FormerForUniversalSegmentation.from_pretrained(
+    network: Any = Mask2FormerForUniversalSegmentation
+    model, info = network.from_pretrained(
         None, config=create_generator().config, state_dict=load(file.read_bytes()), output_loading_info=True
     )
     missing = sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
@@ -80,7 +85,7 @@ def image_processor() -> Any:
         >>> image_processor()(images=np.zeros((32, 64, 3), np.uint8), return_tensors="pt")["pixel_values"].shape
         torch.Size([1, 3, 96, 192])
     """
-    return _transformers.Mask2FormerImageProcessor(
+    return Mask2FormerImageProcessor(
         size={"shortest_edge": _SIDE, "longest_edge": 4 * _SIDE}, size_divisor=_STRIDE,
         image_mean=OPENAI_DATASET_MEAN, image_std=OPENAI_DATASET_STD,
     )  # fmt: skip
