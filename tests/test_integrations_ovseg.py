@@ -25,6 +25,7 @@ class PromptedViT(VisionTransformer):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__(32, 8, 32, 3, 4, mlp_ratio=2.0, output_dim=DIM)
+        self.grid_size = 4  # open_clip's is a pair
         self.mask_pool = nn.AvgPool2d(8, stride=8)
         self.mask_embedding = nn.Parameter(torch.randn(3, 16, 32))
 

@@ -1,11 +1,13 @@
 """Pools that compute something else than their parts say are refused by name; honest ones are taken as they are."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
+from torch import Tensor, nn
 from zoo import (
     ZOO,
     assert_same_modules,
@@ -112,3 +114,32 @@ def test_what_embeds_the_patches_of_a_pooling_trunk_is_known(name: str) -> None:
     with pytest.raises(ValueError, match=r"trunk\.patch_embed \(\w+\) has extra, unknown here"):
         make_mask_aware(tower)
     assert_same_modules(snapshot(tower), modules)
+
+
+class HostResNet(ModifiedResNet):  # type: ignore[misc]
+    """As in the CLIPs of ZSSeg, FreeSeg and OVSeg: it gives its pool two arguments more."""
+
+    def forward(self, x: Tensor, mask: Any = None, return_cls: bool = True) -> Any:
+        for name in ("stem", "layer1", "layer2", "layer3", "layer4"):
+            x = getattr(self, name)(x)
+        return self.attnpool(x, mask, return_cls)
+
+
+class HostPool(AttentionPool2d):  # type: ignore[misc]
+    def forward(self, x: Tensor, mask: Any = None, return_cls: bool = True) -> Any:
+        return super().forward(x) if return_cls else x
+
+
+@torch.no_grad()
+def test_a_pool_with_arguments_of_a_host() -> None:
+    torch.manual_seed(0)
+    plain = ModifiedResNet([1, 1, 1, 1], 8, 4, 64, width=4).eval()
+    host = copy.deepcopy(plain)
+    host.__class__, host.attnpool.__class__ = HostResNet, HostPool
+    images, masks = torch.randn(2, 3, 64, 64), torch.rand(2, 3, 2, 2)
+    before = host(images), host(images, return_cls=False)
+    make_mask_aware(host)
+    assert torch.equal(host(images), before[0])
+    assert torch.equal(host(images, return_cls=False), before[1])
+    assert torch.equal(host(images, masks), make_mask_aware(plain)(images, masks))
+    assert host(torch.randn(1, 3, 96, 64)).shape == (1, 8)

@@ -112,10 +112,11 @@ def region_adapter(model: Any) -> Any:
 
 @contextlib.contextmanager
 def without_mask_prompts(visual: Any) -> Iterator[Any]:
-    """Take the mask prompts out of OVSeg's image tower, and put them back in the end; other towers have none.
+    """Take out of OVSeg's image tower what OpenAI's lacks, and put it back in the end; other towers stay as they are.
 
-    They stand in for what lies outside of one proposal, so that no pass for many proposals can use them. A tower that
-    holds them is refused by `make_mask_aware`, `trainable_parameters` and other libraries' towers of the same weights.
+    Its mask prompts stand in for what lies outside of one proposal, so that no pass for many proposals can use them. A
+    tower that holds them is refused by `make_mask_aware`, `trainable_parameters` and other towers of the same weights.
+    Its `grid_size` is a number where open_clip's is a pair, which would look like another tower's in a file.
 
     Args:
         visual: OVSeg's tower, mask-aware or not.
@@ -125,21 +126,23 @@ def without_mask_prompts(visual: Any) -> Iterator[Any]:
 
     Example:
         >>> tower = nn.Linear(1, 1)
-        >>> tower.mask_embedding = nn.Parameter(torch.zeros(3, 49, 768))
+        >>> tower.mask_pool, tower.mask_embedding = nn.AvgPool2d(16), nn.Parameter(torch.zeros(3, 49, 768))
+        >>> tower.grid_size = 7
         >>> with without_mask_prompts(tower):
         ...     list(tower.state_dict())
         ['weight', 'bias']
         >>> list(tower.state_dict())
         ['weight', 'bias', 'mask_embedding']
     """
-    prompts = {name: getattr(visual, name) for name in ("mask_pool", "mask_embedding") if hasattr(visual, name)}
-    for name in prompts:
+    names = ("mask_pool", "mask_embedding", "grid_size") if hasattr(visual, "mask_embedding") else ()
+    own = {name: getattr(visual, name) for name in names}
+    for name in own:
         delattr(visual, name)
     try:
         yield visual
     finally:
-        for name, prompt in prompts.items():
-            setattr(visual, name, prompt)
+        for name, part in own.items():
+            setattr(visual, name, part)
 
 
 def load_visual(visual: Any, path: str | os.PathLike[str]) -> None:

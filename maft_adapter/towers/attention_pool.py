@@ -43,8 +43,9 @@ def check(visual: Any, start_layer: int) -> None:
     twin = patched_copy(visual, _ResNetTower)
     twin.attnpool = patched_copy(pool, _AttentionPool)
     prove_pool(twin, (1, pool.k_proj.in_features, side, side), (side, side), "attnpool")
-    for name in (*_LAYERS, "attnpool"):
+    for name in _LAYERS:
         setattr(twin, name, nn.Identity())
+    twin.attnpool = _NoPool()
     prove_frame(twin, (1, 3, _STRIDE * side, _STRIDE * side))
 
 
@@ -85,8 +86,13 @@ class _AttentionPool(MaskAware):
     settings = ("interpolation",)
     interpolation: str
 
-    def forward(self: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Feature map (B, C, h, w) -> (B, D), or (B, N, D) for a bias (B, 1, N, h*w)."""
+    def forward(self: Any, x: Tensor, bias: Tensor | None = None, return_cls: bool = True) -> Tensor:
+        """Feature map (B, C, h, w) -> (B, D), or (B, N, D) for a bias (B, 1, N, h*w).
+
+        The CLIPs of ZSSeg, FreeSeg and OVSeg give their pool `return_cls`; what False means stays theirs.
+        """
+        if not return_cls:
+            return super().forward(x, bias, return_cls)  # type: ignore[misc]
         grid, side = (x.shape[2], x.shape[3]), _native_side(self)
         if bias is None and grid == (side, side):
             return super().forward(x)  # type: ignore[misc]
@@ -102,6 +108,11 @@ class _AttentionPool(MaskAware):
             return self.forward(x, bias)[:, 0]
         bias = torch.cat([bias.new_zeros(*bias.shape[:3], 1), bias], dim=-1)  # (B, 1, N, 1+hw): its own mean token
         return _project(self.c_proj, query_attention(q, k, v, bias))  # (B, N, D)
+
+
+class _NoPool(nn.Identity):
+    def forward(self, x: Tensor, *options: Any) -> Tensor:
+        return x
 
 
 def _project(layer: Any, x: Tensor) -> Tensor:
