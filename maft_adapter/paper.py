@@ -23,7 +23,7 @@ from .extras import extra
 with extra("demo"):
     from matplotlib.figure import Figure
 
-__all__ = ["NAMES", "TABLES", "World", "measure", "page", "plot", "text", "write"]
+__all__ = ["NAMES", "TABLES", "World", "claim", "measure", "page", "plot", "text", "write"]
 
 # Stands in the options of a row for the folder of the run with the defaults.
 DEFAULT_RUN = "DEFAULT_RUN"
@@ -86,7 +86,10 @@ class World:
         where: options that say where it is, such as --root.
         model: options that say which CLIP it is, such as --model.
         proposals: of both, where a table does not say otherwise.
-        generator: proposals with class scores (A^p), for Tables 1, 2 and 5.
+        generator: proposals with class scores (A^p), for Tables 1 and 2, and another generator for Table 5; None for
+            the embedded world's own. On data sets Tables 1 and 2 need one, Table 5 takes SAM without.
+        tune: options of `finetune` alone, such as --iterations.
+        score: options of `evaluate` alone, such as --trained-on.
         quick: few iterations and pictures, for a first look; the figures mean nothing.
     """
 
@@ -94,7 +97,9 @@ class World:
     where: tuple[str, ...] = ()
     model: tuple[str, ...] = ()
     proposals: str = "superpixels"
-    generator: str = GENERATOR
+    generator: str | None = None
+    tune: tuple[str, ...] = ()
+    score: tuple[str, ...] = ()
     quick: bool = False
 
     @property
@@ -119,7 +124,10 @@ def _table_2(world: World) -> Table:
 
 
 def _with_generator(world: World, number: str, ensemble: tuple[str, ...], how: str) -> Table:
-    proposals = ("--proposals", world.generator)
+    generator = world.generator or (GENERATOR if world.drawn else None)
+    if generator is None:
+        raise ValueError(f"Table {number} on {world.data} needs --generator, proposals with class scores")
+    proposals = ("--proposals", generator)
     published = {
         row.method: (row.miou_seen, row.miou_unseen, row.hiou)
         for row in PUBLISHED.get("coco-stuff" if world.drawn else world.data, ())
@@ -212,7 +220,7 @@ def _table_4c(world: World) -> Table:
         5000: (42.0, 45.7),
     }  # fmt: skip
     # The recipe of the embedded world has a fifth of the paper's iterations.
-    default, counts = (200, (50, 100, 200, 400)) if world.drawn else (1000, tuple(published))
+    default, counts = (200, (50, 100, 200, 400)) if world.drawn else (None, tuple(published))
     own = {count: published.get(5 * count if world.drawn else count, ()) for count in counts}
     return Table(
         title="Iterations",
@@ -248,10 +256,10 @@ def _table_4e(world: World) -> Table:
         0: (39.3, 46.4, 42.6), 2: (39.2, 46.4, 42.5), 4: (39.5, 46.6, 42.6), 6: (40.0, 47.8, 43.6),
         8: (40.0, 49.7, 44.3), 10: (39.9, 45.7, 42.6),
     }  # fmt: skip
-    default = 0 if world.drawn else 8
+    default = 0 if world.drawn and not world.model else None
     return Table(
-        title="Start layer L, of 12 blocks",
-        source="Table 4(e), COCO-Stuff",
+        title="Start layer L",
+        source="Table 4(e), COCO-Stuff, of 12 blocks",
         columns=_ZERO_SHOT,
         rows=tuple(
             Row(f"L = {layer}", () if layer == default else ("--start-layer", str(layer)), (), published)
@@ -268,7 +276,7 @@ def _table_5(world: World) -> Table:
         for row in PUBLISHED.get("coco-stuff" if world.drawn else world.data, ())
         if row.source.endswith("Table 5(a)")
     }
-    other = world.generator if world.drawn else "sam"
+    other = world.generator or (GENERATOR if world.drawn else "sam")
     proposals = ("--proposals", other)
     return Table(
         title=f"Another mask generator: {other}",
@@ -284,7 +292,7 @@ def _table_5(world: World) -> Table:
 
 def _table_6(world: World) -> Table:
     if world.drawn:
-        raise ValueError("the embedded world has one CLIP: Table 6 needs a data set and other towers, give --data")
+        raise ValueError("the embedded world has one CLIP, no other was trained: Table 6 needs a data set, give --data")
     columns, others = _open_vocabulary("Table 6")
     towers = {
         "ViT-L": ("--model", "ViT-L-14-quickgelu", "--pretrained", "openai"),
@@ -375,7 +383,7 @@ class Runs:
         """metrics.json of a row under a column's options, read or made.
 
         Raises:
-            RuntimeError: a command failed; its message is in it.
+            RuntimeError: a command failed; it has said why.
         """
         options = (*row.score, *column.options)
         if row.tune is not None:
@@ -385,9 +393,9 @@ class Runs:
         folder = self.out / "scores" / self._name(options)
         if folder not in self.made:
             if not (folder / "metrics.json").exists():
-                limit = ("--limit", "6") if self.world.quick else ()
+                given = [*self.world.score, *(("--limit", "6") if self.world.quick else ())]
                 model = () if _UPPER_BOUND in options else self.world.model
-                self._call("evaluate", [*self._shared(options, model), *limit], folder)
+                self._call("evaluate", [*self._shared(options, model), *given], folder, folder / "metrics.json")
             self.made[folder] = json.loads((folder / "metrics.json").read_bytes())
         return self.made[folder]
 
@@ -400,18 +408,22 @@ class Runs:
         options = [str(self.run(())) if option == DEFAULT_RUN else option for option in options]
         folder = self.out / "runs" / self._name(options)
         if not (folder / "finished").exists():
-            given = [*self._shared(options, self.world.model), "--seed", str(self.seed), "--resume"]
+            given = [*self._shared([*self.world.tune, *options], self.world.model)]
+            given += ["--seed", str(self.seed), "--resume"]
             if self.world.quick:
                 most = int(options[options.index("--iterations") + 1]) if "--iterations" in options else 200
                 given += ["--limit", "16", "--batch-size", "4", "--iterations", str(max(1, most // 50))]
-            self._call("finetune", given, folder)
+            self._call("finetune", given, folder, folder / "tower.safetensors")
             (folder / "finished").touch()
         return folder
 
     def _shared(self, options: Sequence[str], model: Sequence[str]) -> list[str]:
-        kept = ("--keep", str(self.out / "proposals"))
-        given = [*self.world.where, *model, "--proposals", self.world.proposals, *kept]
-        options = list(options)
+        options, proposals = list(options), self.world.proposals
+        if "--proposals" in options:
+            proposals = options[options.index("--proposals") + 1]
+        given = [*self.world.where, *model, "--proposals", self.world.proposals]
+        if proposals != "ground-truth":  # which are not kept
+            given += ["--keep", str(self.out / "proposals")]
         data = self.world.data
         if "--data" in options:  # the last one would win, but for the seed of the embedded world
             at = options.index("--data")
@@ -426,16 +438,17 @@ class Runs:
         first = f"{'quick-' if self.world.quick else ''}{self.world.data}-seed-{self.seed}"
         return "_".join([first, *(re.sub(r"[^\w.+=-]", "-", word.strip("-")) for word in words)])
 
-    def _call(self, command: str, options: Sequence[str], folder: Path) -> None:
+    def _call(self, command: str, options: Sequence[str], folder: Path, made: Path) -> None:
         from .cli import main
 
-        said = io.StringIO()
         arguments = [command, *options, "--out", str(folder)]
-        with redirect_stdout(said):
+        with redirect_stdout(io.StringIO()):
             status = main(arguments)
-        if status:
+        if status == 130:
+            raise KeyboardInterrupt
+        if status and not made.exists():  # else some pictures failed, which the result says
             raise RuntimeError(
-                f"maft-adapter {' '.join(arguments)} failed with exit status {status}:\n{said.getvalue()}"
+                f"maft-adapter {' '.join(arguments)} failed with exit status {status}; it says why above"
             )
 
 
@@ -450,7 +463,8 @@ def measure(name: str, world: World, seeds: Sequence[int], out: Path) -> dict[st
 
     Returns:
         "table", "title", "source", "said", "columns" (headings), "seeds", "quick", and "rows": "name", "published" and
-        "per_seed", a list for each seed with a figure for each column, in percent, None where there is none.
+        "per_seed", a list for each seed with a figure for each column, in percent, None where there is none; "failed",
+        how many pictures at most a row is without, because they could not be evaluated.
 
     Raises:
         RuntimeError: a run failed.
@@ -459,14 +473,17 @@ def measure(name: str, world: World, seeds: Sequence[int], out: Path) -> dict[st
         return _measure_bank(world, seeds, out)
     table = TABLES[name](world)
     runs = [Runs(out, world, seed) for seed in seeds]
-    rows = []
+    rows, failed = [], 0
     for row in table.rows:
-        per_seed = [[one.scores(row, column)[column.figure] for column in table.columns] for one in runs]
+        metrics = [[one.scores(row, column) for column in table.columns] for one in runs]
+        per_seed = [[each[column.figure] for each, column in zip(of, table.columns, strict=True)] for of in metrics]
+        failed = max(failed, *(len(each.get("failed", ())) for of in metrics for each in of))
         rows.append({"name": row.name, "published": list(row.published), "per_seed": per_seed})
     return {
         "table": name, "title": table.title, "source": table.source, "said": table.said, "data": world.data,
         "columns": [column.heading for column in table.columns], "seeds": list(seeds), "quick": world.quick,
-        "x": list(table.x), "rows": rows, "others": [[method, list(figures)] for method, figures in table.others],
+        "failed": failed, "x": list(table.x), "rows": rows,
+        "others": [[method, list(figures)] for method, figures in table.others],
     }  # fmt: skip
 
 
@@ -494,7 +511,7 @@ def _measure_bank(world: World, seeds: Sequence[int], out: Path) -> dict[str, An
         "(arXiv:2404.09447) reports 7.2 and RetCLIP (arXiv:2601.12779) 10.0 points of mIoU for FC-CLIP",
         "said": "It has no memory.", "data": world.data,
         "columns": [f"{tower}: {column.heading}" for tower in ("frozen", "tuned") for column in _ZERO_SHOT],
-        "seeds": list(seeds), "quick": world.quick, "x": list(range(len(_BANK_SIZES))),
+        "seeds": list(seeds), "quick": world.quick, "failed": 0, "x": list(range(len(_BANK_SIZES))),
         "rows": [
             {"name": name, "published": [], "per_seed": list(rows)}
             for name, *rows in zip(names, *per_seed, strict=True)
@@ -591,6 +608,7 @@ def text(result: Mapping[str, Any]) -> str:
     seeds = len(result["seeds"])
     spread = f"; mean ± sample standard deviation over {seeds} seeds" if seeds > 1 else ""
     quick = "; a quick run, which means nothing" if result["quick"] else ""
+    quick += f"; without up to {result['failed']} pictures that failed" if result["failed"] else ""
     return "\n".join([
         f"{result['table']}. {result['title']}",
         *("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines),
@@ -643,7 +661,7 @@ def page(results: Sequence[Mapping[str, Any]], notes: Mapping[str, str]) -> str:
         results: of `measure`.
         notes: by table, what of the paper's conclusion holds here.
     """
-    parts = []
+    parts = ["# The paper's tables\n"]
     for result in results:
         heading, *lines = _lines(result)
         table = [heading, ["---"] + ["---:"] * (len(heading) - 1), *lines]
@@ -654,24 +672,46 @@ def page(results: Sequence[Mapping[str, Any]], notes: Mapping[str, str]) -> str:
             + "\n".join("| " + " | ".join(line) + " |" for line in table)
             + f"\n\nIn %, on {result['data']}, {how}; published: {result['source']}."
             + (" A quick run, which means nothing." if result["quick"] else "")
+            + (f" Without up to {result['failed']} pictures that failed." if result["failed"] else "")
             + f"\n\nThe paper: {result['said']} {notes.get(result['table'], '')}".rstrip()
             + f"\n\n![Table {result['table']}](table-{result['table']}.png)\n"
         )
     return "\n".join(parts)
 
 
-def write(results: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """Write tables.json, a PNG for each table, and README.md, the page, to a folder.
+def claim(out: Path, world: World) -> None:
+    """Make a folder one of this world's, or see that it is.
+
+    Raises:
+        ValueError: it holds what was measured on another world, or other files, which could be replaced.
+        OSError: it can't be made or written to.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path, about = out / "world.json", json.loads(json.dumps(asdict(world)))
+    if path.exists():
+        before = json.loads(path.read_bytes())
+        if before != about:
+            raise ValueError(f"{out} holds tables measured on {before}, not on {about}: name another folder")
+    elif any(file.name != "notes.json" for file in out.iterdir()):
+        raise ValueError(f"{out} holds other files, which could be replaced: name a new or empty folder")
+    else:
+        replace_file(path, (json.dumps(about, indent=1) + "\n").encode())
+
+
+def write(result: Mapping[str, Any], out: Path) -> None:
+    """Add a table to tables.json and README.md, the page, of a folder that `claim` made, with a PNG of its own.
 
     What notes.json there says of a table, by its name, comes below it.
 
     Raises:
         OSError: it can't be written to.
-        ValueError: notes.json is damaged.
+        ValueError: tables.json or notes.json is damaged.
     """
-    path = out / "notes.json"
-    notes = json.loads(path.read_bytes()) if path.exists() else {}
-    for result in results:
-        replace_file(out / f"table-{result['table']}.png", plot(result))
-    replace_file(out / "tables.json", (json.dumps(list(results), indent=1) + "\n").encode())
-    replace_file(out / "README.md", page(results, notes).encode())
+    said, kept = out / "notes.json", out / "tables.json"
+    notes = json.loads(said.read_bytes()) if said.exists() else {}
+    results = json.loads(kept.read_bytes()) if kept.exists() else []
+    tables = {each["table"]: each for each in results} | {result["table"]: result}
+    ordered = [tables[name] for name in NAMES if name in tables]
+    replace_file(out / f"table-{result['table']}.png", plot(result))
+    replace_file(out / "tables.json", (json.dumps(ordered, indent=1) + "\n").encode())
+    replace_file(out / "README.md", page(ordered, notes).encode())

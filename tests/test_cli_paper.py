@@ -121,7 +121,7 @@ def test_on_a_data_set(calls: list[list[str]], tmp_path: Path) -> None:
     ensembles = [arguments for arguments in calls if option(arguments, "--ensemble")]
     assert {option(arguments, "--proposals") for arguments in ensembles} == {"mask2former:mine"}
     counts = {option(arguments, "--iterations") for arguments in calls if arguments[0] == "finetune"}
-    assert counts == {None, "500", "2000", "3000", "4000", "5000"}
+    assert counts == {None, "500", "1000", "2000", "3000", "4000", "5000"}
 
 
 @pytest.mark.parametrize(
@@ -143,9 +143,67 @@ def test_wrong_arguments(
 def test_a_table_or_a_run_that_cannot_be_made_says_why(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert cli.main(["paper", "6", "--out", str(tmp_path)]) == 1
     assert "the embedded world has one CLIP" in capsys.readouterr().err
+    assert cli.main(["paper", "7", "1", "--data", "voc-20", "--out", str(tmp_path / "new")]) == 1
+    assert "Table 1 on voc-20 needs --generator" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())  # said before anything is made
     assert cli.main(["paper", "7", "--data", "voc-20", "--root", str(tmp_path / "none"), "--out", str(tmp_path)]) == 1
     said = capsys.readouterr().err
     assert "maft-adapter finetune --data voc-20" in said and "failed with exit status 1" in said
+
+
+def test_folders_of_others_and_of_other_worlds_are_left_alone(
+    calls: list[list[str]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    mine, out = tmp_path / "mine", tmp_path / "out"
+    mine.mkdir()
+    (mine / "README.md").write_text("mine")
+    assert cli.main(["paper", "4a", "--out", str(mine)]) == 1 and (mine / "README.md").read_text() == "mine"
+    assert "holds other files" in capsys.readouterr().err
+    assert cli.main(["paper", "4b", "--out", str(out)]) == 0
+    for other in (["--quick"], ["--proposals", "sam"], ["--model", "ViT-B-16"], ["--data", "voc-20"]):
+        calls.clear()
+        assert cli.main(["paper", "4b", *other, "--out", str(out)]) == 1 and not calls
+        assert "name another folder" in capsys.readouterr().err
+    assert cli.main(["paper", "4a", "--out", str(out)]) == 0  # which joins the page
+    assert [each["table"] for each in json.loads((out / "tables.json").read_text())] == ["4a", "4b"]
+    page = (out / "README.md").read_text()
+    assert page.index("Table 4a") < page.index("Table 4b")
+
+
+def test_pictures_that_failed_are_said(
+    calls: list[list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    main = cli.main
+
+    def failing(arguments: list[str]) -> int:
+        status = main(arguments)
+        if arguments[0] == "evaluate":
+            path = Path(option(arguments, "--out") or "", "metrics.json")
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"failed": ["picture 3: is damaged"]}))
+            return 1
+        return status
+
+    monkeypatch.setattr(cli, "main", failing)
+    for _ in range(2):  # made, and read
+        assert cli.main(["paper", "7", "--out", str(tmp_path)]) == 0
+        assert "without up to 1 pictures that failed" in capsys.readouterr().out
+
+
+def test_ctrl_c_in_a_run_stops_the_tables(
+    calls: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    main = cli.main
+    monkeypatch.setattr(cli, "main", lambda arguments: main(arguments) if arguments[0] == "paper" else 130)
+    assert cli.main(["paper", "4a", "4b", "--out", str(tmp_path)]) == 130
+
+
+def test_options_of_one_command(calls: list[list[str]], tmp_path: Path) -> None:
+    given = ["--data", "context-59", "--iterations", "7", "--trained-on", "coco-stuff", "--out", str(tmp_path)]
+    assert cli.main(["paper", "7", *given, "--proposals", "ground-truth"]) == 0
+    for arguments in calls:
+        assert option(arguments, "--iterations") == ("7" if arguments[0] == "finetune" else None)
+        assert option(arguments, "--trained-on") == ("coco-stuff" if arguments[0] == "evaluate" else None)
+        assert option(arguments, "--keep") is None  # ground-truth masks are not kept
 
 
 def test_a_quick_run_of_the_commands(tmp_path: Path) -> None:
@@ -211,6 +269,6 @@ def test_the_bank_of_a_data_set_takes_the_default_runs_tower(tmp_path: Path, mon
         ((seen, unseen, hiou), second) = row["per_seed"][0][:3], row["per_seed"][0][3:]
         assert seen > 0 and unseen is None and hiou is None and second[0] > 0
     assert "-" in paper.text(result)
-    paper.write([result], tmp_path / "out")
+    paper.write(result, tmp_path / "out")
     with pytest.raises(RuntimeError, match="name another folder"):
         paper.measure("bank", paper.World("folder", ("--root", "elsewhere")), [0], tmp_path / "out")
