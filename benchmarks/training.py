@@ -37,11 +37,11 @@ class Sizes(NamedTuple):
     model: str = "ViT-B-16"
     pixels: int = 512
     size: int = 480
-    pictures: int = 8
-    iterations: int = 4
+    pictures: int = 24
+    iterations: int = 12  # starting the workers counts once, and a run has hundreds
     batch_size: int = 2
     workers: int = 2
-    rounds: int = 3
+    rounds: int = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

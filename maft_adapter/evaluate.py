@@ -230,16 +230,24 @@ class PseudoLabelled(Dataset[Item]):
     Args:
         evaluator: of the data set's training part; what it counts is left aside.
 
+    Raises:
+        ValueError: an evaluator whose proposals or scores are made of the ground truth.
+
     Example:
+        >>> from maft_adapter.classify import text_classifier
         >>> from maft_adapter.data import open_dataset
+        >>> from maft_adapter.models import load_model
         >>> from maft_adapter.proposals import proposer
-        >>> shapes = open_dataset("shapes", split="train")
-        >>> labelled = PseudoLabelled(Evaluator(shapes, proposer("superpixels")))
+        >>> model, shapes = load_model(), open_dataset("shapes", split="train")
+        >>> text = text_classifier(model.clip, model.tokenizer, shapes.class_names, model.templates)
+        >>> labelled = PseudoLabelled(Evaluator(shapes, proposer("superpixels"), mask_aware_scorer(model, text)))
         >>> len(labelled), labelled[0].labels.shape
         (480, (96, 96))
     """
 
     def __init__(self, evaluator: Evaluator) -> None:
+        if evaluator.proposals is None or evaluator.scorer is None:
+            raise ValueError("pseudo-labels of ground-truth masks or of the upper bound would be the ground truth")
         self.evaluator = evaluator
 
     def __len__(self) -> int:

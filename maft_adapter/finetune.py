@@ -119,9 +119,11 @@ def finetune(
             many processes and workers there are may change, but then the weights differ in rounding.
         accelerator: accelerate's `Accelerator`, for mixed precision (the weights stay in float32), several processes,
             and gradient accumulation, which takes each process's share of a batch in parts to save memory. The tower
-            is moved to its device.
+            is moved to its device. In the tests the losses of bf16 stay within 0.02 of float32's, and the cosine of
+            the two steps is above 0.8.
         on_iteration: called with the number of finished iterations and the losses of the last, after each, on every
-            process; before the checkpoint of that iteration is written.
+            process; before the checkpoint of that iteration is written. A run that goes on begins by calling it again
+            for the last iteration that it has, where the stop may have cut it off.
         progress: show a bar with both losses.
 
     Returns:
@@ -200,6 +202,8 @@ def finetune(
         visual.fine_tuned = True
         if checkpoint is not None and accelerator.is_main_process:
             save_mask_aware(visual, checkpoint)
+        if history and on_iteration is not None:  # which the stop may have cut off
+            on_iteration(len(history), history[-1])
     order = drawn(count, iterations * batch_size, seed)
     steps = [order[i : i + batch_size] for i in range(len(history) * batch_size, len(order), batch_size)]
     batches = DataLoader(

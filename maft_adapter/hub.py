@@ -218,6 +218,7 @@ def _card(
         model_name=repo,
         eval_results=results,
     )
+    words = json.dumps(list(model.class_names[:2] if model.class_names else ("swan", "river")))
     return f"""---
 {head.to_yaml()}
 ---
@@ -231,7 +232,7 @@ from maft_adapter.hub import from_pretrained
 from maft_adapter.pictures import Segmenter
 
 model = from_pretrained("{repo}")
-segmenter = Segmenter(model.clip, model.tokenizer, ["swan", "river"], templates=model.templates, size=model.size)
+segmenter = Segmenter(model.clip, model.tokenizer, {words}, templates=model.templates, size=model.size)
 segmenter("photo.jpg").overlay()
 ```
 

@@ -109,6 +109,12 @@ def test_ctrl_c_exits_with_130(
     assert "stopped" in capsys.readouterr().err
 
 
+def test_a_missing_library_is_a_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "maft_adapter.paper", None)
+    assert cli.main(["paper", "4a"]) == 1
+    assert capsys.readouterr().err.startswith("maft-adapter: ")
+
+
 def test_python_m_is_the_command() -> None:
     ran = subprocess.run([sys.executable, "-m", "maft_adapter", "--help"], capture_output=True, text=True, check=True)
     assert ran.stdout.startswith("usage: maft-adapter")

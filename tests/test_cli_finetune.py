@@ -11,8 +11,9 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPModel
 
-from maft_adapter import cli
+from maft_adapter import cli, make_mask_aware
 from maft_adapter.classify import text_classifier
 from maft_adapter.data import datasets, open_dataset
 from maft_adapter.evaluate import Evaluator, PseudoLabelled, mask_aware_scorer
@@ -105,9 +106,8 @@ def test_a_folder_of_pictures_stopped_and_resumed(proposals: str, tree: Path, tm
         assert all(torch.equal(value, b[key]) for key, value in a.items()), name
     drop = ("seconds",)
     by_iteration = {entry["iteration"]: entry for entry in log(stopped)}
-    for entry in entries:
-        if entry["iteration"] != 3:  # whose line the stop kept from being written
-            assert all(by_iteration[entry["iteration"]][key] == entry[key] for key in entry if key not in drop)
+    for entry in entries:  # that of the stop, too
+        assert all(by_iteration[entry["iteration"]][key] == entry[key] for key in entry if key not in drop)
 
 
 def test_the_recipe_of_maskclippp(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,6 +191,51 @@ def test_self_training_labels_unseen_classes_and_nothing_else(tmp_path: Path) ->
     assert json.loads((second / "settings.json").read_text())["pictures"] == 3
     towers = [load_file(folder / "tower.safetensors") for folder in (first, second)]
     assert any(not torch.equal(value, towers[1][name]) for name, value in towers[0].items())
+
+
+def test_ground_truth_masks_label_nothing_in_self_training() -> None:
+    train = open_dataset("shapes", split="train")
+    given: Any = lambda *_: None  # noqa: E731
+    for evaluator in (Evaluator(train, None, given), Evaluator(train, Superpixels())):
+        with pytest.raises(ValueError, match="would be the ground truth"):
+            PseudoLabelled(evaluator)
+
+
+def test_options_without_an_effect_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["finetune", "--data", "shapes", "--iterations", "1", "--out", str(tmp_path / "out")]
+    for options, message in (
+        (["--recipe", "maskclip++", "--loss", "kl"], "--loss kl"),
+        (["--proposals", "ground-truth", "--keep", str(tmp_path)], "--keep: ground-truth masks are not kept"),
+        (["--recipe", "maskclip++", "--keep", str(tmp_path)], "--keep: ground-truth masks are not kept"),
+    ):
+        assert cli.main([*given, *options]) == 1
+        assert message in capsys.readouterr().err
+    for options in (["--size", "0"], ["--batch-size", "0"], ["--checkpoint-every", "0"], ["--limit", "0"]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main([*given, *options])
+        assert f"{options[0]} 0: expected at least 1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_transformers_clips_are_refused_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = small | {"image_size": 32, "patch_size": 8}
+    clip = CLIPModel(CLIPConfig(vision_config=vision, text_config=small, projection_dim=16)).eval()
+    make_mask_aware(clip.vision_model, start_layer=1)
+    monkeypatch.setattr(cli.finetune, "_frozen_model", lambda arguments: load_model()._replace(clip=clip))
+    assert cli.main(["finetune", "--data", "shapes", "--model", "a/clip", "--out", str(tmp_path / "out")]) == 1
+    assert "whose projection lies outside the tower" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_what_a_kill_leaves_of_a_file_is_no_other_file(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("settings.json.host.1.part", "log.jsonl.host.1.part"):
+        (out / name).write_text("{")
+    given = ["--data", "folder", "--root", str(tree), "--proposals", "ground-truth", "--iterations", "1"]
+    assert run(out, *given, "--resume") == 0
 
 
 def test_the_kind_of_the_loss_is_the_tables(tmp_path: Path) -> None:

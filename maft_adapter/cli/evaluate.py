@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..data import SegmentationDataset
     from ..evaluate import Evaluator, Scorer
 
-_KEPT, _SETTINGS, _TOWER = ".proposals", "settings.json", "tower.safetensors"
+_KEPT, _SETTINGS = ".proposals", "settings.json"
 _CROPS = {"mask": "mask", "crop": "crop", "mask-and-crop": "mask_crop"}  # the baselines, as `merge` calls them
 _UPPER_BOUND, _TRUTH = "upper-bound", "ground-truth"
 _CONVENTIONS = {
@@ -249,10 +249,6 @@ def _scorer(arguments: argparse.Namespace, dataset: SegmentationDataset) -> tupl
         arguments.checkpoint = weights / small_clip.MASK_AWARE
     elif given is None and arguments.model is None:
         arguments.checkpoint = weights / small_clip.WEIGHTS
-    elif given is not None and Path(given).is_dir():
-        arguments.checkpoint = Path(given) / _TOWER
-        if not arguments.checkpoint.is_file():
-            raise FileNotFoundError(f"--checkpoint {given} has no {_TOWER}: name a folder that finetune wrote")
     model = load_model(**model_options(arguments), start_layer=arguments.start_layer, device=arguments.device)
     templates = arguments.templates or model.templates
     templates = prompts([templates] if isinstance(templates, str) and "{" in templates else templates)

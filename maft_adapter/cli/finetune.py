@@ -16,6 +16,10 @@ from .options import masks_of
 _ITERATIONS = {"voc-20": 100, "voc-20b": 100, "voc-21": 100, "coco-stuff": 1000, "ade20k-150": 5000, "ade20k-847": 5000}
 _TRUTH = "ground-truth"
 _MASKCLIPPP = "maskclip++"
+_LEAST = {
+    "workers": 0, "validate_every": 0, "validate_on": 1, "accumulate": 1, "limit": 1, "size": 1, "batch_size": 1,
+    "checkpoint_every": 1, "iterations": 1,
+}  # fmt: skip
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _KEPT, _LOG, _SETTINGS, _STATE = ".proposals", "log.jsonl", "settings.json", "state.pt"
 _TOWER, _BEST = "tower.safetensors", "best.safetensors"
@@ -73,8 +77,7 @@ def add(commands: Any) -> None:
     finetune.add_argument("--lr", type=float, help="(default: 1e-5; of shapes, the demo's)")
     finetune.add_argument("--weight-decay", type=float, default=1e-5, help="(default: 1e-5)")
     finetune.add_argument(
-        "--loss", choices=("smooth_l1", "l1", "l2", "kl"), default="smooth_l1",
-        help="kind of L_ma (Table 4b; default: %(default)s)",
+        "--loss", choices=("smooth_l1", "l1", "l2", "kl"), help="kind of L_ma (Table 4b; default: smooth_l1)"
     )  # fmt: skip
     finetune.add_argument("--distillation-weight", type=float, help=f"lambda (default: 1; of {_MASKCLIPPP}: 0)")
     finetune.add_argument("--freeze", default="paper", help="row of Table 4(d), released or as_is (default: paper)")
@@ -99,7 +102,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it; returns the exit status."""
-    for name, least in {"workers": 0, "validate_every": 0, "validate_on": 1, "accumulate": 1, "limit": 1}.items():
+    for name, least in _LEAST.items():
         if (value := getattr(arguments, name)) is not None and value < least:
             option = name.replace("_", "-")
             arguments.error(f"--{option} {value}: expected at least {least}")
@@ -153,7 +156,11 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"the paper names no iterations for {arguments.data}: give --iterations")
     lr = 1e-5 if lr is None else lr
     weight, proposals = arguments.distillation_weight, arguments.proposals
+    if arguments.keep is not None and (proposals or (_TRUTH if arguments.recipe == _MASKCLIPPP else "")) == _TRUTH:
+        raise ValueError(f"--keep: {_TRUTH} masks are not kept, leave it out")
     if arguments.recipe == _MASKCLIPPP:
+        if arguments.loss is not None:
+            raise ValueError(f"--loss {arguments.loss}: --recipe {_MASKCLIPPP} has a loss of its own, leave it out")
         loss: MAFTLoss = MaskClassificationLoss(0.0 if weight is None else weight)
         proposals = proposals or _TRUTH
         if proposals != _TRUTH:
@@ -162,7 +169,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 "out, or take --recipe maft"
             )
     else:
-        loss = MAFTLoss(arguments.loss, 1.0 if weight is None else weight)
+        loss = MAFTLoss(arguments.loss or "smooth_l1", 1.0 if weight is None else weight)
         proposals = proposals or "superpixels"
     kind = proposals.removesuffix(f"+{_TRUTH}")
     truth = proposals.endswith(_TRUTH)
@@ -181,6 +188,11 @@ def _run(arguments: argparse.Namespace) -> int:
             arguments.model, arguments.pretrained, checkpoint=tower_file, start_layer=arguments.start_layer
         )
     tower = image_tower(model.clip)
+    if not hasattr(model.clip, "visual") and hasattr(model.clip, "visual_projection"):
+        raise ValueError(
+            f"{arguments.model} is transformers' {type(model.clip).__name__}, whose projection lies outside the tower "
+            "that is trained: name the same weights of open_clip, such as ViT-B-16-quickgelu with --pretrained openai"
+        )
     if arguments.grad_checkpointing:
         if not hasattr(tower, "set_grad_checkpointing"):
             raise ValueError(f"{type(tower).__name__} has no gradient checkpointing: leave --grad-checkpointing out")
@@ -210,7 +222,8 @@ def _run(arguments: argparse.Namespace) -> int:
     workers, source = arguments.workers, cast(Any, train)
     if labeller is not None:
         labeller.clip.to(accelerator.device)
-        source = PseudoLabelled(Evaluator(train, shown, mask_aware_scorer(labeller, every_text, arguments.size)))
+        seen_by = shown or Kept(Superpixels(), keep)  # ground-truth masks would tell the unseen classes' regions
+        source = PseudoLabelled(Evaluator(train, seen_by, mask_aware_scorer(labeller, every_text, arguments.size)))
         workers = 0  # networks don't run in workers
     all_samples = SegmentationSamples(source, model, classes, kept, truth, arguments.size)
     samples: Any = torch.utils.data.Subset(all_samples, range(pictures))
@@ -280,7 +293,7 @@ def _claim(out: Path, settings: dict[str, Any], resume: bool) -> None:
         if differ:
             values = ", ".join(f"{name} (there {before.get(name)}, here {settings[name]})" for name in differ)
             raise ValueError(f"--out {out} holds a run with other settings: {values}; give the same, or a new folder")
-    elif any(file.name not in (_KEPT, _SETTINGS) for file in out.iterdir()):
+    elif any(not file.name.startswith((_KEPT, _SETTINGS, f"{_LOG}.")) for file in out.iterdir()):
         raise ValueError(f"--out {out} holds other files, which could be replaced: name a new or empty folder")
     else:
         replace_file(path, (json.dumps(settings, indent=1) + "\n").encode())

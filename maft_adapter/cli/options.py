@@ -19,7 +19,7 @@ def add_pictures(parser: argparse.ArgumentParser, kinds: str = "files, folders, 
         "--pretrained", metavar="TAG", help="weights of an open_clip model: a tag, such as openai, a file, or random"
     )
     parser.add_argument(
-        "--checkpoint", metavar="FILE", help="fine-tuned image tower: one of this library's or a released one"
+        "--checkpoint", metavar="PATH", help="fine-tuned image tower: what finetune --out wrote, or a released one"
     )
     parser.add_argument(
         "--proposals", default="superpixels", metavar="KIND",
@@ -42,9 +42,15 @@ def add_pictures(parser: argparse.ArgumentParser, kinds: str = "files, folders, 
 
 def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """What was given of the model, as `load_model` takes it."""
-    return {name: getattr(arguments, name) for name in ("pretrained", "checkpoint", "precision")} | {
-        "name": arguments.model
-    }
+    checkpoint = arguments.checkpoint
+    if checkpoint is not None and Path(checkpoint).is_dir():
+        checkpoint = Path(checkpoint) / "tower.safetensors"
+        if not checkpoint.is_file():
+            raise FileNotFoundError(
+                f"--checkpoint {arguments.checkpoint} has no {checkpoint.name}: name a folder that finetune wrote"
+            )
+    options = {name: getattr(arguments, name) for name in ("pretrained", "precision")}
+    return options | {"name": arguments.model, "checkpoint": checkpoint}
 
 
 def masks_of(proposals: str) -> str | None:
