@@ -181,7 +181,7 @@ class Evaluator:
         labels = torch.from_numpy(item.labels.astype(np.int64))  # (H, W)
         present = labels[labels != ignore].unique()  # (K,)
         truth = labels == present[:, None, None]  # (K, H, W)
-        proposals = Proposals(truth.numpy()) if self.proposals is None else self.proposals(picture, item.name)
+        proposals = Proposals(truth.numpy()) if self.proposals is None else self.proposals(picture, item.file)
         check_proposals(proposals, picture.shape[:2])
         masks = torch.from_numpy(proposals.masks)  # (N, H, W)
 

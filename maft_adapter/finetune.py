@@ -382,7 +382,7 @@ class SegmentationSamples(Dataset[Sample]):
         labels = self._row[torch.from_numpy(item.labels.astype("int64"))[rows][:, columns]]  # (h, w)
         masks = [ground_truth(labels, self._classes)[0]] if self.ground_truth_masks else []  # (K, h, w)
         if self.propose is not None:
-            found = torch.from_numpy(self.propose(picture, item.name).masks)[:, rows][:, :, columns]  # (N, h, w)
+            found = torch.from_numpy(self.propose(picture, item.file).masks)[:, rows][:, :, columns]  # (N, h, w)
             masks.insert(0, found)
         return Sample(image, torch.cat([mask.to(masks[0].dtype) for mask in masks]), labels)
 

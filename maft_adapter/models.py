@@ -16,7 +16,7 @@ from .extras import extra
 from .towers import class_token
 from .towers.blocks import ProposalBlock
 
-__all__ = ["Model", "image_tower", "load_model", "smallest_side"]
+__all__ = ["Model", "image_tower", "load_model", "smallest_side", "weights_digest"]
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TEMPLATES = ("a photo of a {}.",)
@@ -120,7 +120,7 @@ def load_model(
     tower.preprocess_cfg = {**getattr(tower, "preprocess_cfg", {}), "mean": tuple(mean), "std": tuple(std)}
 
     _patch(tower, checkpoint, start_layer)
-    digest = _digest(clip)
+    digest = weights_digest(clip)
     for part in (tower, getattr(clip, "visual_projection", None)):  # transformers keeps it beside the tower
         if part is not None:
             part.to(PRECISIONS[precision])
@@ -278,7 +278,7 @@ def _saved_by_us(checkpoint: str | Path) -> bool:
         return False
 
 
-def _digest(clip: nn.Module) -> str:
+def weights_digest(clip: nn.Module) -> str:
     """Of all weights, so that what was computed with others is not taken for theirs."""
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in clip.state_dict().items():

@@ -238,6 +238,21 @@ def test_what_a_kill_leaves_of_a_file_is_no_other_file(tree: Path, tmp_path: Pat
     assert run(out, *given, "--resume") == 0
 
 
+def test_masks_of_one_name_in_both_parts_are_refused(tree: Path, tmp_path: Path) -> None:
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for i in range(3):
+        np.save(masks / f"{i}.npy", np.ones((1, 96, 96), bool))
+    given = ["--data", "folder", "--root", str(tree), "--proposals", f"files:{masks}"]
+    assert run(tmp_path / "one", *given) == 0
+    assert run(tmp_path / "both", *given, "--validate-every", "4") == 1
+    for split in ("train", "val"):
+        (masks / split).mkdir()
+        for i in range(3):
+            np.save(masks / split / f"{i}.npy", np.ones((1, 96, 96), bool))
+    assert run(tmp_path / "apart", *given, "--validate-every", "4") == 0
+
+
 def test_the_kind_of_the_loss_is_the_tables(tmp_path: Path) -> None:
     few = ["finetune", "--data", "shapes", "--limit", "2", "--iterations", "1", "--batch-size", "2", "--cpu"]
     losses = {}

@@ -325,6 +325,7 @@ def test_a_run_that_never_began_claims_nothing(keep: Path, tmp_path: Path) -> No
         (["--worst", "-1"], "--worst -1: expected at least 0"),
         (["--ensemble", "1.5"], "--ensemble 1.5: expected a weight in [0, 1]"),
         (["--ensemble-form", "released"], "--ensemble-form needs --ensemble"),
+        (["--ensemble", "0.7"], "--ensemble: superpixels have no class scores"),
         (["--encoder", "upper-bound", "--ensemble", "0"], "--ensemble: --encoder upper-bound has no CLIP"),
         (["--encoder", "upper-bound", "--model", "ViT-B-16"], "--model: --encoder upper-bound has no CLIP"),
         (["--encoder", "crop", "--checkpoint", "x"], "--checkpoint: --encoder crop is the frozen CLIP"),
@@ -373,3 +374,12 @@ def test_a_disk_that_is_full_stops_the_run(
     assert evaluate("--data", "shapes", "--limit", 2, "--keep", keep, "--out", tmp_path) == 1
     assert "No space left" in capsys.readouterr().err
     assert not list(tmp_path.glob("pictures.*"))
+
+
+def test_trained_on_an_embedded_world(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("--data", "shapes", "--limit", 1, "--proposals", "ground-truth", "--out", tmp_path)
+    assert evaluate(*given, "--trained-on", "shapes-a") == 0
+    unseen = json.loads((tmp_path / "metrics.json").read_text())["settings"]["unseen"]
+    assert len(unseen) == 19 and {name.split()[1] for name in unseen} == {"heart", "ring", "moon", "brick", "wood"}
+    assert evaluate(*given, "--layout", "maft") == 1
+    assert "leave names and layout out" in capsys.readouterr().err

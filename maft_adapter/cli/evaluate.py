@@ -107,8 +107,9 @@ def add(commands: Any) -> None:
     )
     evaluate.add_argument(
         "--trained-on", metavar="NAMES",
-        help="data set or file of class names that the training knew: seen is what shares a name with one of them, and "
-        "the proposals' class scores are theirs (default: the seen classes of the zero-shot setting)",
+        help="data set (of embedded worlds the seen classes) or file of names that the training knew: seen is what "
+        "shares a name with one of them, and the proposals' class scores are theirs (default: the seen classes of the "
+        "zero-shot setting)",
     )  # fmt: skip
     evaluate.add_argument(
         "--part", default="1/1", metavar="I/N",
@@ -158,6 +159,9 @@ def _check(arguments: argparse.Namespace) -> None:
             option = "--" + name.replace("_", "-")
             why = "has no CLIP" if arguments.encoder == _UPPER_BOUND else "is the frozen CLIP on sub-images"
             arguments.error(f"{option}: --encoder {arguments.encoder} {why}, leave it out")
+    kind = arguments.proposals.partition(":")[0]
+    if arguments.ensemble is not None and kind in ("superpixels", "sam"):
+        arguments.error(f"--ensemble: {kind} have no class scores (A^p), leave it out or take mask2former")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -202,7 +206,7 @@ def _run(arguments: argparse.Namespace) -> int:
         try:
             records.add(f"{first}-of-{parts}", index, evaluator(dataset[index]))
         except Exception as error:  # of any kind, so that one bad picture does not stop the others
-            if isinstance(error, OSError) and error.errno in _DISK:
+            if isinstance(error, ModuleNotFoundError) or (isinstance(error, OSError) and error.errno in _DISK):
                 raise
             known = isinstance(error, OSError | ValueError)
             reason = f"picture {index}: {error if known else f'{type(error).__name__}: {error}'}"
@@ -262,10 +266,13 @@ def _scorer(arguments: argparse.Namespace, dataset: SegmentationDataset) -> tupl
 
 
 def _trained_on(arguments: argparse.Namespace) -> Sequence[Sequence[str]] | None:
-    from ..data import DATASETS, class_list, read_classes
+    from ..data import DATASETS, class_list, open_dataset, read_classes
 
     if arguments.trained_on is None:
         return None
+    if arguments.trained_on.startswith("shapes"):
+        drawn = open_dataset(arguments.trained_on)
+        return [drawn.class_names[k] for k in drawn.seen]
     if arguments.trained_on in DATASETS:
         return class_list(arguments.trained_on, "prompted" if arguments.names == "prompted" else "plain").names
     return read_classes(arguments.trained_on).names

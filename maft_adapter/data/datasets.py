@@ -61,6 +61,11 @@ class Item(NamedTuple):
     labels: NDArray[np.uint8] | NDArray[np.uint16]
     name: str
 
+    @property
+    def file(self) -> str:
+        """What proposers know it by, different in every split: its file's path, or the name of one that is drawn."""
+        return str(self.picture) if isinstance(self.picture, Path) else self.name
+
 
 @dataclass(frozen=True)
 class SegmentationDataset(Dataset[Item]):
@@ -221,6 +226,8 @@ def open_dataset(
     if split not in SPLITS:
         raise ValueError(f"split must be 'train' or 'val', got {split!r}")
     if kind in _WORLDS:
+        if names != "plain" or layout is not None:
+            raise ValueError(f"{name} has one list of names and no layout: leave names and layout out")
         return _open_shapes(name, detail, split)
     if root is None:
         raise ValueError(f"{name} needs root, the folder that it lies in")

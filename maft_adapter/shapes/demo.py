@@ -39,7 +39,7 @@ from ..extras import extra
 from ..finetune import Sample, SegmentationSamples, finetune
 from ..losses import MAFTLoss
 from ..macs import count_macs
-from ..models import Model, load_model
+from ..models import Model, load_model, weights_digest
 from ..pictures import read_picture
 from ..proposals import Proposals, Proposer
 from ..proposals.merging import Superpixels
@@ -230,14 +230,12 @@ def frozen_model(start_layer: int = RECIPE.start_layer, clip: Any = None) -> Mod
 
     Example:
         >>> frozen_model().source
-        'embedded frozen CLIP, start layer 0'
+        'embedded frozen CLIP, start layer 0, weights ...'
     """
     clip = load_clip() if clip is None else copy.deepcopy(clip)
     make_mask_aware(clip.visual, start_layer)
-    scale = float(clip.logit_scale.detach().exp())
-    return load_model()._replace(
-        clip=clip, logit_scale=scale, source=f"embedded frozen CLIP, start layer {start_layer}"
-    )
+    source = f"embedded frozen CLIP, start layer {start_layer}, weights {weights_digest(clip)}"
+    return load_model()._replace(clip=clip, logit_scale=float(clip.logit_scale.detach().exp()), source=source)
 
 
 def run_seed(seed: int, scenes: Scenes, recipe: Recipe, model: Model) -> Iterator[Row]:
