@@ -202,8 +202,6 @@ def finetune(
         visual.fine_tuned = True
         if checkpoint is not None and accelerator.is_main_process:
             save_mask_aware(visual, checkpoint)
-        if history and on_iteration is not None:  # which the stop may have cut off
-            on_iteration(len(history), history[-1])
     order = drawn(count, iterations * batch_size, seed)
     steps = [order[i : i + batch_size] for i in range(len(history) * batch_size, len(order), batch_size)]
     batches = DataLoader(
@@ -256,6 +254,8 @@ def finetune(
         disable=not progress or not accelerator.is_main_process,
     )  # fmt: skip
     try:
+        if history and on_iteration is not None:  # which the stop may have cut off
+            on_iteration(len(history), history[-1])
         for indices, images, proposals, label_maps in batches:
             truth = [ground_truth(label_map.to(device), len(text)) for label_map in label_maps]
             # The first loss is a mean over the whole batch, wherever its images are.

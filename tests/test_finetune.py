@@ -521,6 +521,32 @@ def test_a_stopped_run_goes_on_to_the_same_bits(freeze: str, clip: Any, samples:
         run(third, samples, **options)
 
 
+def test_what_is_called_again_after_a_stop_finds_the_model_as_it_was(samples: list[Sample], tmp_path: Path) -> None:
+    modes: list[tuple[int, bool, bool]] = []
+    clip = create().train()
+
+    def watch(iteration: int, _: object) -> None:
+        modes.append((iteration, clip.visual.training, "forward" in vars(clip.visual)))
+        if len(modes) == 2:
+            raise KeyboardInterrupt
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        options: dict[str, Any] = {
+            "state": tmp_path / "state.pt",
+            "accelerator": accelerate.Accelerator(cpu=True, mixed_precision="bf16"),
+        }
+        with pytest.raises(KeyboardInterrupt):
+            run(clip, samples, **options, on_iteration=watch)
+        clip = create().train()
+        run(clip, samples, **options, on_iteration=watch)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    # In eval mode, and in bfloat16, which accelerate's own forward is.
+    assert modes == [(iteration, False, True) for iteration in (1, 2, 2, 3)]
+    assert clip.visual.training
+
+
 def test_a_state_of_other_arguments_is_refused_by_name(clip: Any, samples: list[Sample], tmp_path: Path) -> None:
     path = tmp_path / "state.pt"
     run(copy.deepcopy(clip), samples, state=path)
