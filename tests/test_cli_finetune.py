@@ -238,14 +238,19 @@ def test_what_a_kill_leaves_of_a_file_is_no_other_file(tree: Path, tmp_path: Pat
     assert run(out, *given, "--resume") == 0
 
 
-def test_masks_of_one_name_in_both_parts_are_refused(tree: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_masks_of_one_name_in_both_parts_are_refused(
+    workers: str, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     masks = tmp_path / "masks"
     masks.mkdir()
     for i in range(3):
         np.save(masks / f"{i}.npy", np.ones((1, 96, 96), bool))
-    given = ["--data", "folder", "--root", str(tree), "--proposals", f"files:{masks}"]
+    given = ["--data", "folder", "--root", str(tree), "--proposals", f"files:{masks}", "--workers", workers]
     assert run(tmp_path / "one", *given) == 0
     assert run(tmp_path / "both", *given, "--validate-every", "4") == 1
+    assert f"holds the masks of {tree / 'images' / 'train' / '0.png'}" in capsys.readouterr().err
+    assert not (tmp_path / "both").exists()
     for split in ("train", "val"):
         (masks / split).mkdir()
         for i in range(3):

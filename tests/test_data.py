@@ -425,3 +425,14 @@ def test_mess(tmp_path: Path) -> None:
         open_dataset("mess:floodnet_sem_seg_test", tmp_path, "train")
     with pytest.raises(NotADirectoryError, match=r"SUIM.* is no folder"):
         open_dataset("mess:suim_sem_seg_test", tmp_path)
+
+
+@pytest.mark.parametrize("data", ["shapes", "shapes-nouns:3", "mess:atlantis"])
+def test_options_that_a_data_set_has_no_use_for_are_refused(data: str) -> None:
+    with pytest.raises(ValueError, match=f"{data} has one list of names"):
+        open_dataset(data, names="prompted")
+    with pytest.raises(ValueError, match="leave names and layout out"):
+        open_dataset(data, layout="original")
+    if not data.startswith("mess"):
+        with pytest.raises(ValueError, match=f"root is 'there', but {data} is drawn"):
+            open_dataset(data, "there")

@@ -118,12 +118,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from ..classify import text_classifier
     from ..data import open_dataset
+    from ..data.datasets import FileDataset
     from ..evaluate import Evaluator, PseudoLabelled, mask_aware_scorer
     from ..extras import extra
     from ..finetune import SegmentationSamples, drawn, finetune
     from ..losses import MAFTLoss, MaskClassificationLoss
     from ..models import image_tower, load_model
-    from ..proposals import Kept, proposer
+    from ..proposals import Files, Kept, proposer
     from ..proposals.merging import Superpixels
 
     with extra("train"):
@@ -200,6 +201,14 @@ def _run(arguments: argparse.Namespace) -> int:
     pictures = len(train) if arguments.limit is None else min(arguments.limit, len(train))
     keep = arguments.keep or out / _KEPT
     given = None if kind == _TRUTH else superpixels if kind == "superpixels" else proposer(kind, accelerator.device)
+    indices = sorted(set(drawn(pictures, iterations * arguments.batch_size, arguments.seed)))
+    if isinstance(given, Files) and isinstance(train, FileDataset):
+        # Here, since workers don't know whose masks another one took.
+        files = [train.pairs[index].picture for index in indices]
+        if isinstance(val, FileDataset):
+            files += [pair.picture for pair in val.pairs[: arguments.validate_on]]
+        for file in files:
+            given.version(str(file))
     settings = {
         "data": arguments.data, "names": train.names, "layout": train.layout, "setting": setting,
         "pictures": pictures, "self_training": arguments.self_training and str(arguments.self_training.resolve()),
@@ -229,7 +238,6 @@ def _run(arguments: argparse.Namespace) -> int:
     samples: Any = torch.utils.data.Subset(all_samples, range(pictures))
     rank, processes = accelerator.process_index, accelerator.num_processes
     if given is not None and kind.partition(":")[0] in ("sam", "mask2former"):  # nor do these
-        indices = sorted(set(drawn(pictures, iterations * arguments.batch_size, arguments.seed)))
         for index in indices[rank::processes]:
             samples[index]
         accelerator.wait_for_everyone()

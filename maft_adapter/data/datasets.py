@@ -209,8 +209,9 @@ def open_dataset(
 
     Raises:
         OSError: `root` is missing or no folder.
-        ValueError: an unknown name, split or layout; nothing was found; one layout lies there twice; label files
-            without pictures; class names that are not as many as the data set's classes.
+        ValueError: an unknown name, split or layout; `names` or `layout` for a drawn world or one of MESS's sets,
+            `root` for a drawn world; nothing was found; one layout lies there twice; label files without pictures;
+            class names that are not as many as the data set's classes.
 
     Warns:
         UserWarning: pictures without a label file are left out.
@@ -225,9 +226,11 @@ def open_dataset(
         raise ValueError(f"unknown data set {name!r}: expected one of {', '.join(DATASETS)}, shapes:SEED or mess:NAME")
     if split not in SPLITS:
         raise ValueError(f"split must be 'train' or 'val', got {split!r}")
+    if kind in (*_WORLDS, "mess") and (names != "plain" or layout is not None):
+        raise ValueError(f"{name} has one list of names and no layout: leave names and layout out")
+    if kind in _WORLDS and root is not None:
+        raise ValueError(f"root is {str(root)!r}, but {name} is drawn and lies in no folder: leave root out")
     if kind in _WORLDS:
-        if names != "plain" or layout is not None:
-            raise ValueError(f"{name} has one list of names and no layout: leave names and layout out")
         return _open_shapes(name, detail, split)
     if root is None:
         raise ValueError(f"{name} needs root, the folder that it lies in")
