@@ -205,6 +205,7 @@ def test_options_without_an_effect_are_refused(tmp_path: Path, capsys: pytest.Ca
     given = ["finetune", "--data", "shapes", "--iterations", "1", "--out", str(tmp_path / "out")]
     for options, message in (
         (["--recipe", "maskclip++", "--loss", "kl"], "--loss kl"),
+        (["--root", str(tmp_path)], f"--root {tmp_path}: shapes is drawn"),
         (["--proposals", "ground-truth", "--keep", str(tmp_path)], "--keep: ground-truth masks are not kept"),
         (["--recipe", "maskclip++", "--keep", str(tmp_path)], "--keep: ground-truth masks are not kept"),
     ):

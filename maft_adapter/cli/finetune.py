@@ -131,6 +131,9 @@ def _run(arguments: argparse.Namespace) -> int:
         from accelerate import Accelerator
 
     out: Path = arguments.out
+    shapes = arguments.data.startswith("shapes")
+    if shapes and arguments.root is not None:
+        raise ValueError(f"--root {arguments.root}: {arguments.data} is drawn and lies in no folder, leave it out")
     train, val = (
         open_dataset(arguments.data, arguments.root, split, names=arguments.names, layout=arguments.layout)
         if split == "train" or arguments.validate_every
@@ -146,7 +149,6 @@ def _run(arguments: argparse.Namespace) -> int:
     ignoring = setting == "zero-shot" and arguments.self_training is None
     classes = train.seen if ignoring else tuple(range(len(train.class_names)))
     iterations, lr, superpixels = arguments.iterations, arguments.lr, Superpixels()
-    shapes = arguments.data.startswith("shapes")
     if shapes:
         from ..shapes.demo import RECIPE, image_scores
 

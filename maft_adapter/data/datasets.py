@@ -209,9 +209,9 @@ def open_dataset(
 
     Raises:
         OSError: `root` is missing or no folder.
-        ValueError: an unknown name, split or layout; `names` or `layout` for a drawn world or one of MESS's sets,
-            `root` for a drawn world; nothing was found; one layout lies there twice; label files without pictures;
-            class names that are not as many as the data set's classes.
+        ValueError: an unknown name, split or layout; `names` or `layout` for a drawn world or one of MESS's sets;
+            nothing was found; one layout lies there twice; label files without pictures; class names that are not as
+            many as the data set's classes.
 
     Warns:
         UserWarning: pictures without a label file are left out.
@@ -228,8 +228,6 @@ def open_dataset(
         raise ValueError(f"split must be 'train' or 'val', got {split!r}")
     if kind in (*_WORLDS, "mess") and (names != "plain" or layout is not None):
         raise ValueError(f"{name} has one list of names and no layout: leave names and layout out")
-    if kind in _WORLDS and root is not None:
-        raise ValueError(f"root is {str(root)!r}, but {name} is drawn and lies in no folder: leave root out")
     if kind in _WORLDS:
         return _open_shapes(name, detail, split)
     if root is None:
