@@ -17,9 +17,10 @@ import pytest
 from PIL import Image
 
 from maft_adapter import cli, data, pictures
+from maft_adapter.checkpoint import save_mask_aware
 from maft_adapter.cli.segment import KEPT, output_names, read_classes, root_of
 from maft_adapter.pictures import MARK, Segmenter
-from maft_adapter.shapes import CLASSES, render_scene
+from maft_adapter.shapes import CLASSES, load_clip, render_scene
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "pictures"
 
@@ -69,6 +70,22 @@ def test_the_examples(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert min(rights) > 0.8
     page = (out / "index.html").read_text(encoding="utf-8")
     assert page.count("<figure ") == 6 and 'src="scene_08_overlay.jpg"' in page and 'data-label="blue heart"' in page
+
+
+def test_the_folder_of_a_run_is_a_checkpoint(
+    folder: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for command in ("segment", "embed"):
+        given = [command, str(folder / "a b.png"), "--checkpoint", str(run), "--out", str(out / command)]
+        assert cli.main(given) == 1
+        assert f"--checkpoint {run} has no tower.safetensors: name a folder that finetune wrote" in (
+            capsys.readouterr().err
+        )
+        save_mask_aware(load_clip(mask_aware=True).visual, run / "tower.safetensors")
+        assert cli.main(given) == 0
+        (run / "tower.safetensors").unlink()
 
 
 def test_bad_pictures_are_named_and_the_others_go_on(

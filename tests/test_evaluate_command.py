@@ -256,6 +256,39 @@ def test_ensemble_with_class_scores_from_files(folder: Path, tmp_path: Path) -> 
     assert metrics(tmp_path / "trained")["settings"]["unseen"] == list(CLASSES[8:])
 
 
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ({}, "--ensemble: these --proposals have no class scores (A^p), leave it out"),
+        ({"class_scores": np.full((1, 6), 1 / 6, np.float32)}, "are of 5 classes: .* with --trained-on"),
+    ],
+)
+def test_class_scores_that_do_not_fit_are_said_once(
+    scores: dict[str, Any], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(3):
+        np.savez(folder / "masks" / f"{i}.npz", masks=np.ones((1, 96, 96), bool), **scores)
+    out = tmp_path / "out"
+    given = ("--data", "folder", "--root", folder, "--proposals", f"files:{folder / 'masks'}", "--out", out)
+    assert evaluate(*given, "--ensemble", 0.7) == 1
+    said = capsys.readouterr().err
+    assert re.search(message if scores else re.escape(message), said) and "failed:" not in said
+    assert not list(out.glob("pictures.*"))
+
+    names = tmp_path / "shapes.txt"  # which is no data set
+    names.write_text("\n".join(CLASSES[:5]))
+    assert evaluate(*given, "--ensemble", 0.7, "--trained-on", names) == (0 if scores else 1)
+
+
+def test_the_first_picture_is_broken_and_the_ensemble_goes_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "images" / "0.png").write_bytes(b"")
+    given = ("--data", "folder", "--root", folder, "--proposals", f"files:{folder / 'masks'}", "--ensemble", 0.7)
+    assert evaluate(*given, "--out", tmp_path / "out") == 1
+    assert "2 pictures evaluated, 1 failed" in capsys.readouterr().out
+
+
 def test_a_broken_picture_is_named_and_counted(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from ..data import SegmentationDataset
     from ..evaluate import Evaluator, Scorer
+    from ..proposals import Proposer
 
 _KEPT, _SETTINGS = ".proposals", "settings.json"
 _CROPS = {"mask": "mask", "crop": "crop", "mask-and-crop": "mask_crop"}  # the baselines, as `merge` calls them
@@ -202,6 +203,8 @@ def _run(arguments: argparse.Namespace) -> int:
     done, _ = records.read()
     first, parts = map(int, arguments.part.split("/"))
     mine = [index for index in range(first - 1, pictures, parts) if index not in done]
+    if evaluator.proposals and arguments.ensemble is not None and mine:
+        _check_class_scores(evaluator, evaluator.proposals, mine[0])
     for index in tqdm(mine, unit="picture", disable=None):
         try:
             records.add(f"{first}-of-{parts}", index, evaluator(dataset[index]))
@@ -267,15 +270,38 @@ def _scorer(arguments: argparse.Namespace, dataset: SegmentationDataset) -> tupl
 
 def _trained_on(arguments: argparse.Namespace) -> Sequence[Sequence[str]] | None:
     from ..data import DATASETS, class_list, open_dataset, read_classes
+    from ..data.layouts import LAYOUTS
 
     if arguments.trained_on is None:
         return None
-    if arguments.trained_on.startswith("shapes"):
+    kind = arguments.trained_on.partition(":")[0]
+    if kind in DATASETS and kind not in LAYOUTS:
         drawn = open_dataset(arguments.trained_on)
         return [drawn.class_names[k] for k in drawn.seen]
     if arguments.trained_on in DATASETS:
         return class_list(arguments.trained_on, "prompted" if arguments.names == "prompted" else "plain").names
     return read_classes(arguments.trained_on).names
+
+
+def _check_class_scores(evaluator: Evaluator, proposals: Proposer, index: int) -> None:
+    """See that the ensemble finds class scores (A^p) that fit, before the first picture is encoded.
+
+    Raises:
+        ValueError: there are none, or they are of other classes.
+    """
+    from ..pictures import read_picture
+
+    try:
+        item = evaluator.dataset[index]
+        scores = proposals(read_picture(item.picture), item.file).class_scores
+    except Exception:  # of any kind: this picture's own, which is named when its turn comes
+        return
+    if scores is None:
+        raise ValueError("--ensemble: these --proposals have no class scores (A^p), leave it out")
+    try:
+        evaluator._class_scores(scores)
+    except ValueError as error:
+        raise ValueError(f"{error} with --trained-on") from error
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
